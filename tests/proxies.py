@@ -1,0 +1,179 @@
+"""Two proxies between the purge and its servers, on real sockets: to watch, to hold, to break.
+
+`TcpProxy` stands before MariaDB and records what the client sent; it can cut the connection.
+`S3Proxy` stands before moto and hands every request to the test's own functions.
+"""
+
+from __future__ import annotations
+
+import http.client
+import select
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+LOCAL = "127.0.0.1"
+
+
+class TcpProxy:
+    """Forwards connections to a local port; `sent` is all that clients sent, in order."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server((LOCAL, 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.sent = bytearray()
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Break every connection that is open now."""
+        for pair in self._pairs:
+            for end in pair:
+                with suppress(OSError):  # it may be closed already
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection((LOCAL, self._target))
+            self._pairs.append((client, server))
+            threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
+
+    def _pump(self, client: socket.socket, server: socket.socket) -> None:
+        try:
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    if source is client:
+                        self.sent += data
+                        server.sendall(data)
+                    else:
+                        client.sendall(data)
+        except OSError:
+            pass
+        finally:
+            client.close()
+            server.close()
+
+
+@dataclass
+class Request:
+    """One request to S3. `operation` is list, delete, delete-one, versioning or other."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        return parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+
+    @property
+    def operation(self) -> str:
+        names = {"list-type": "list", "delete": "delete", "versioning": "versioning"}
+        found = [name for mark, name in names.items() if mark in self.query]
+        return found[0] if found else "delete-one" if self.method == "DELETE" else "other"
+
+
+@dataclass
+class Answer:
+    """An answer of S3, or a stand-in for one. `drop` closes the connection instead."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    drop: bool = False
+
+
+DROP = Answer(0, b"", drop=True)
+
+
+class S3Proxy:
+    """An HTTP server before moto's.
+
+    `before(request)` may answer in moto's place; `after(request, answer)` may change its answer.
+    `requests` lists all that came.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._target = urlsplit(url)
+        self.before: Callable[[Request], Answer | None] = lambda request: None
+        self.after: Callable[[Request, Answer], Answer] = lambda request, answer: answer
+        self.requests: list[Request] = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 30
+
+            def handle_any(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                request = Request(
+                    self.command, self.path, dict(self.headers.items()), self.rfile.read(length)
+                )
+                answer = proxy.answer(request)
+                if answer.drop:
+                    self.close_connection = True
+                    return
+                self.send_response_only(answer.status)
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
+                if answer.status != 204:
+                    self.send_header("Content-Length", str(len(answer.body)))
+                self.end_headers()
+                self.wfile.write(answer.body)
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer((LOCAL, 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://{LOCAL}:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: Request) -> Answer:
+        self.requests.append(request)
+        early = self.before(request)
+        return early if early is not None else self.after(request, self._forward(request))
+
+    def _forward(self, request: Request) -> Answer:
+        connection = http.client.HTTPConnection(LOCAL, self._target.port or 80, timeout=30)
+        try:
+            connection.request(request.method, request.path, request.body, request.headers)
+            response = connection.getresponse()
+            skipped = {"content-length", "transfer-encoding", "connection"}
+            headers = {k: v for k, v in response.getheaders() if k.lower() not in skipped}
+            return Answer(response.status, response.read(), headers)
+        finally:
+            connection.close()
+
+    def count(self, operation: str) -> int:
+        return sum(request.operation == operation for request in self.requests)

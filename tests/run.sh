@@ -1,0 +1,9 @@
+#!/bin/sh
+# Runs all checks and all tests. usage: sh tests/run.sh [PYTEST ARGUMENT ...]
+set -eu
+. "$(dirname "$0")/setup.sh"
+cd "$root"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy --strict retention_purge.py
+exec "$python" -m pytest -p no:cacheprovider tests "$@"

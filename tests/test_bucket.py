@@ -1,0 +1,348 @@
+"""S3: odd keys, many keys, strict answers, and faults on the wire."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+
+import pytest
+from conftest import AS_OF, World
+from proxies import DROP, Answer, Request, S3Proxy
+from sandbox import BUCKET
+
+OLD = "2019-01-01 00:00:00"
+# moto's server cannot delete a key with both CR and LF: it answers 404.
+ODD = ["a\x01b", "a\x08", "c\rd", "\ufffe", "x\uffffy", "new\nline", "tab\tbed"]
+PLAIN = [
+    "../up", "a/../b", "/lead", "double//slash", "dot.", ".", "..", " lead", "trail ", "p+lus",
+    "per%20cent", "%", "q?x=1&y#z", "'quote\"", "<tag>&amp;", "\\back", "é", "e\u0301", "жук",
+    "\U0001f600", "\U0001f600" * 60, "\xa0", "\x7f", "\x85", "\u2028", "~", "a b", "*", "$(x)",
+]  # fmt: skip
+
+
+def expire(world: World, keys: list[str]) -> None:
+    """One expired job and one object for each key."""
+    jobs = [(f"j{n}", OLD, "TRIAL", key) for n, key in enumerate(keys)]
+    world.box.load(jobs, [(key, 1) for key in keys])
+
+
+@pytest.mark.parametrize("key", [*ODD, "a/../b", " lead", "p+lus", "\U0001f600" * 60], ids=ascii)
+def test_a_key_that_s3_allows_is_found_and_deleted_alone(world, key):
+    expire(world, [key])
+    near = ["a", "b", "c", "d", "lead", "p lus", "\ufffd"]
+    for neighbour in near:
+        world.box.put(neighbour)
+    result = world.purge(*AS_OF, "--json")
+    assert result.summary["deleted"]["expired"] == 1, result.err
+    assert world.box.live_keys() == sorted(near)
+
+
+def test_all_sorts_of_keys_are_listed_and_deleted_together(world):
+    expire(world, ODD + PLAIN)
+    dry = world.purge(*AS_OF, "-n")
+    assert dry.listed == [("expired", key) for key in sorted(ODD + PLAIN)]
+    summary = world.purge(*AS_OF, "--json").summary
+    assert summary["deleted"]["expired"] == len(ODD + PLAIN)
+    alone = [key for key in ODD if re.search("[^\t\n\x20-\ud7ff\ue000-\ufffd]", key)]
+    assert summary["requests"]["delete"] == 1 + len(alone)
+    assert world.box.live_keys() == []
+
+
+def test_more_keys_than_one_request_may_carry(world, proxy):
+    keys = [f"k{n:05}" for n in range(2500)]
+    expire(world, keys)
+    world.box.put("k00000x")
+    result = world.purge(*AS_OF, "--json")
+    assert result.summary["deleted"]["expired"] == 2500
+    assert world.box.live_keys() == ["k00000x"]
+    sizes = [r.body.count(b"<Key>") for r in proxy.requests if r.operation == "delete"]
+    assert sum(sizes) == 2500
+    assert max(sizes) == 1000
+
+
+def test_a_large_bucket_is_listed_only_where_expired_keys_lie(world):
+    expire(world, ["m1", "m2"])
+    for n in range(5000):
+        world.box.put(f"a{n:05}")
+    summary = world.purge(*AS_OF, "--json").summary
+    assert summary["deleted"]["expired"] == 2
+    assert summary["requests"]["list"] <= 3
+
+
+# --- Answers that are no answers ------------------------------------------------------------------
+
+NOT_A_LISTING = {
+    "empty": b"",
+    "html": b"<html><body>Sign in</body></html>",
+    "not xml": b"<ListBucketResult><Contents>",
+    "another answer": b"<DeleteResult></DeleteResult>",
+    "bare": b"<ListBucketResult></ListBucketResult>",
+    "no count": b"<ListBucketResult><Name>b</Name>"
+    b"<IsTruncated>false</IsTruncated></ListBucketResult>",
+    "wrong count": b"<ListBucketResult><Name>b</Name><KeyCount>3</KeyCount>"
+    b"<IsTruncated>false</IsTruncated></ListBucketResult>",
+    "truncated without token": b"<ListBucketResult><Name>b</Name><KeyCount>0</KeyCount>"
+    b"<IsTruncated>true</IsTruncated></ListBucketResult>",
+}
+
+
+@pytest.mark.parametrize("orphans", [[], ["--orphans"]], ids=["expired", "orphans"])
+@pytest.mark.parametrize("body", NOT_A_LISTING.values(), ids=NOT_A_LISTING)
+def test_a_listing_that_is_no_listing_is_not_an_empty_bucket(world, proxy, body, orphans):
+    proxy.before = lambda r: Answer(200, body) if r.operation == "list" else None
+    result = world.purge(*AS_OF, "--json", *orphans)
+    assert result.code == 1
+    assert "Cannot list bucket" in result.summary["error"]
+    assert proxy.count("delete") == 0
+
+
+def test_one_foreign_answer_to_a_listing_is_asked_again(world, proxy):
+    bodies = [b"", b"<html/>"]
+    proxy.before = lambda r: Answer(200, bodies.pop()) if r.operation == "list" and bodies else None
+    assert world.purge(*AS_OF, "--json").summary["deleted"]["expired"] == 17
+
+
+def shuffled(body: bytes, change) -> bytes:
+    """The listing with its Contents changed by `change` (a function of their list)."""
+    parts = re.findall(rb"<Contents>.*?</Contents>", body, re.DOTALL)
+    start, end = body.index(parts[0]), body.rindex(parts[-1]) + len(parts[-1])
+    parts = change(parts)
+    body = body[:start] + b"".join(parts) + body[end:]
+    return re.sub(rb"<KeyCount>\d+", b"<KeyCount>%d" % len(parts), body)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p[::-1], lambda p: p + p[-1:], lambda p: p + p[:1]], ids=[0, 1, 2]
+)
+def test_a_listing_out_of_order_ends_the_run(world, proxy, change):
+    def after(request: Request, answer: Answer) -> Answer:
+        if request.operation == "list":
+            answer.body = shuffled(answer.body, change)
+        return answer
+
+    proxy.after = after
+    result = world.purge(*AS_OF, "--orphans", "--orphan-grace-days", "0")
+    assert result.code == 1
+    assert "out of order" in result.error
+    assert proxy.count("delete") == 0
+
+
+def test_a_key_outside_the_prefix_ends_the_run(world, proxy):
+    def after(request: Request, answer: Answer) -> Answer:
+        answer.body = answer.body.replace(b"<Key>incoming_", b"<Key>outgoing_")
+        return answer
+
+    proxy.after = after
+    result = world.purge(*AS_OF, "--prefix", "incoming_", "--orphans", "--orphan-grace-days", "0")
+    assert result.code == 1
+    assert "does not start with the prefix" in result.error
+
+
+NOT_A_DELETE_RESULT = {
+    "empty": b"",
+    "html": b"<html><body>Sign in</body></html>",
+    "cut": b"<DeleteResult><Deleted><Key>incom",
+    "a listing": b"<ListBucketResult></ListBucketResult>",
+    "silent": b"<DeleteResult></DeleteResult>",
+    "foreign": b"<DeleteResult><Deleted><Key>another</Key></Deleted></DeleteResult>",
+}
+
+
+@pytest.mark.parametrize("body", NOT_A_DELETE_RESULT.values(), ids=NOT_A_DELETE_RESULT)
+def test_a_delete_answered_by_nothing_counts_as_failed(world, proxy, body):
+    proxy.before = lambda r: Answer(200, body) if r.operation == "delete" else None
+    result = world.purge(*AS_OF, "--json")
+    assert result.code == 4
+    summary = result.summary
+    assert (summary["deleted"]["expired"], summary["failed"]) == (0, 17)
+    assert proxy.count("delete") == 5
+    assert len(re.findall("failed incoming_", result.err)) == 17
+
+
+@pytest.mark.parametrize("fault", [DROP, Answer(503, b""), Answer(500, b"<html>oops</html>")])
+def test_a_request_that_fails_for_a_moment_is_sent_again(world, proxy, fault):
+    faults = [fault, fault]
+    proxy.before = lambda r: faults.pop() if r.operation == "delete" and faults else None
+    summary = world.purge(*AS_OF, "--json").summary
+    assert (summary["deleted"]["expired"], summary["failed"]) == (17, 0)
+    assert summary["requests"]["delete"] == 3
+
+
+def test_an_answer_lost_after_the_delete_is_asked_for_again(world, proxy):
+    lost = [DROP]
+
+    def after(request: Request, answer: Answer) -> Answer:
+        return lost.pop() if request.operation == "delete" and lost else answer
+
+    proxy.after = after
+    summary = world.purge(*AS_OF, "--json").summary
+    assert (summary["deleted"]["expired"], summary["failed"]) == (17, 0)
+
+
+def spoil(answer: Answer, keys: list[str], code: str) -> Answer:
+    """Turn the verdict on these keys from deleted into an error."""
+    for key in keys:
+        answer.body = re.sub(
+            rf"<Deleted><Key>{key}</Key>.*?</Deleted>".encode(),
+            f"<Error><Key>{key}</Key><Code>{code}</Code><Message>m</Message></Error>".encode(),
+            answer.body,
+        )
+    return answer
+
+
+@pytest.mark.parametrize("code", ["InternalError", "SlowDown", "ServiceUnavailable"])
+def test_a_key_that_s3_cannot_delete_just_now_is_tried_again(world, proxy, code):
+    times = [2]
+
+    def after(request: Request, answer: Answer) -> Answer:
+        if request.operation == "delete" and times[0]:
+            times[0] -= 1
+            return spoil(answer, ["incoming_000012", "incoming_000040"], code)
+        return answer
+
+    proxy.after = after
+    result = world.purge(*AS_OF, "--json")
+    assert result.code == 0
+    assert result.summary["deleted"]["expired"] == 17
+    sizes = [r.body.count(b"<Key>") for r in proxy.requests if r.operation == "delete"]
+    assert sizes == [17, 2, 2]
+
+
+def test_a_key_that_s3_refuses_is_reported_with_its_reason(world):
+    deny = {
+        "Statement": [
+            {
+                "Effect": "Deny",
+                "Principal": "*",
+                "Action": "s3:DeleteObject",
+                "Resource": f"arn:aws:s3:::{BUCKET}/incoming_000013",
+            }
+        ]
+    }
+    world.box.s3().put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(deny))
+    result = world.purge(*AS_OF, "--json")
+    assert result.code == 4
+    assert result.summary["deleted"]["expired"] == 16
+    assert result.summary["failed"] == 1
+    assert "failed incoming_000013: AccessDenied" in result.err
+    assert "incoming_000013" in world.box.live_keys()
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "NoSuchBucket", "ExpiredToken"])
+def test_a_refusal_of_the_whole_request_stops_the_run(world, proxy, code):
+    expire(world, [f"k{n:05}" for n in range(3500)])
+    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+    proxy.before = lambda r: Answer(403, body) if r.operation == "delete" else None
+    result = world.purge(*AS_OF, "--json", "--workers", "1")
+    assert result.code == 1
+    assert code in result.summary["error"]
+    assert result.summary["failed"] == 3500
+    assert proxy.count("delete") == 1
+    assert len(world.box.live_keys()) == 3500
+
+
+def test_a_single_delete_that_is_refused_does_not_stop_the_others(world, proxy):
+    expire(world, ["a\x01b", "plain"])
+    body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+    proxy.before = lambda r: Answer(403, body) if r.operation == "delete-one" else None
+    result = world.purge(*AS_OF, "--json", "--workers", "1")
+    assert result.code == 4
+    assert (result.summary["deleted"]["expired"], result.summary["failed"]) == (1, 1)
+    assert 'failed "a\\u0001b": AccessDenied' in result.err
+
+
+@pytest.mark.parametrize("status", [200, 202, 302])
+def test_a_single_delete_counts_only_with_the_status_that_s3_documents(world, proxy, status):
+    expire(world, ["a\x01b"])
+    proxy.before = lambda r: Answer(status, b"") if r.operation == "delete-one" else None
+    result = world.purge(*AS_OF, "--json")
+    assert result.code in (1, 4)
+    assert result.summary["failed"] == 1
+    assert result.summary["deleted"]["expired"] == 0
+
+
+def test_requests_run_at_the_same_time_but_no_more_than_workers(world, proxy):
+    expire(world, [f"k{n:05}" for n in range(6000)])
+    now, most, lock = [0], [0], threading.Lock()
+    both = threading.Barrier(3, timeout=20)
+
+    def before(request: Request) -> None:
+        if request.operation == "delete":
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            both.wait()
+            with lock:
+                now[0] -= 1
+
+    proxy.before = before
+    result = world.purge(*AS_OF, "--json", "--workers", "3")
+    assert result.summary["deleted"]["expired"] == 6000
+    assert most[0] == 3
+
+
+def test_a_bucket_that_is_not_there_is_explained(world):
+    result = world.purge(*AS_OF, "--bucket", "no-such-bucket-here")
+    assert result.code == 1
+    assert "Check --bucket" in result.error
+
+
+def test_s3_that_cannot_be_reached_is_explained(world):
+    result = world.purge(*AS_OF, AWS_ENDPOINT_URL_S3="http://127.0.0.1:9")
+    assert result.code == 1
+    assert "Cannot" in result.error
+
+
+# --- Between the plan and the delete --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["OFFICIAL", "TRIAL"])
+def test_a_job_inserted_after_the_plan_keeps_its_object(world, proxy, kind):
+    def before(request: Request) -> None:
+        if request.operation == "list":
+            with world.box.database.admin(database="ndvr") as connection:
+                connection.cursor().execute(
+                    "INSERT IGNORE INTO ndvr_job_status VALUES"
+                    f" ('late', now(), '{kind}', 'incoming_000012')"
+                )
+
+    proxy.before = before
+    result = world.purge(*AS_OF, "--json")
+    assert result.code == 0
+    assert result.summary["retained"] == 1
+    assert result.summary["deleted"]["expired"] == 16
+    assert "incoming_000012" in world.box.live_keys()
+
+
+@pytest.mark.parametrize("completed", [f"'{OLD}'", "NULL"])
+def test_an_orphan_that_any_job_took_in_since_is_kept(world, proxy, completed):
+    def before(request: Request) -> None:
+        if request.operation == "list":
+            with world.box.database.admin(database="ndvr") as connection:
+                connection.cursor().execute(
+                    "INSERT IGNORE INTO ndvr_job_status VALUES"
+                    f" ('late', {completed}, 'TRIAL', 'test_1.txt')"
+                )
+
+    proxy.before = before
+    summary = world.purge(*AS_OF, "--orphans", "--orphan-grace-days", "0", "--json").summary
+    assert (summary["retained"], summary["deleted"]["orphan"]) == (1, 2)
+    assert "test_1.txt" in world.box.live_keys()
+
+
+def test_a_key_is_checked_again_before_it_is_tried_again(world, proxy: S3Proxy):
+    def before(request: Request) -> Answer | None:
+        if request.operation == "delete" and proxy.count("delete") == 1:
+            with world.box.database.admin(database="ndvr") as connection:
+                connection.cursor().execute(
+                    "INSERT INTO ndvr_job_status VALUES"
+                    " ('late', now(), 'OFFICIAL', 'incoming_000012')"
+                )
+            return Answer(503, b"")
+        return None
+
+    proxy.before = before
+    summary = world.purge(*AS_OF, "--json").summary
+    assert (summary["retained"], summary["deleted"]["expired"]) == (1, 16)
+    assert "incoming_000012" in world.box.live_keys()

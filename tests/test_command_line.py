@@ -1,0 +1,119 @@
+"""Options, environment, exit codes, and that README and help say what the program does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import AS_OF, SCRIPT, World
+
+README = (SCRIPT.parent / "README.md").read_text()
+
+
+def test_help_shows_every_option_with_its_variable_and_the_exit_codes():
+    shown = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    words = " ".join(shown.split())
+    for name in re.findall(r"--[a-z-]+", shown):
+        if name not in ("--help", "--undo"):
+            variable = "RETENTION_PURGE_" + name[2:].upper().replace("-", "_")
+            assert f"env var: {variable}" in words, name
+    for code, meaning in re.findall(r"^\| (\d+) +\| ([^|;(]+)", README, re.MULTILINE):
+        assert re.search(rf"\b{code} +{re.escape(meaning.split(',')[0].strip())}", words), code
+
+
+def test_the_readme_lists_exactly_the_options_of_the_program():
+    shown = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    in_help = set(re.findall(r"--[a-z-]+(?=[ ,])", shown)) - {"--help"}
+    table = README[README.index("| option |") :]
+    in_readme = set(re.findall(r"`(?:-\w, )?(--[a-z-]+)", table[: table.index("\n\n")]))
+    assert in_help == in_readme
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--retention-days", "0"], "retention-days"),
+        (["--retention-days", "ninety"], "retention-days"),
+        (["--orphan-grace-days", "-1"], "orphan-grace-days"),
+        (["--workers", "0"], "workers"),
+        (["--as-of", "yesterday"], "ISO 8601"),
+        (["--bucket", "s3://bucket/prefix"], "--prefix"),
+        (["--db-table", "a.b.c"], "SCHEMA.TABLE"),
+        (["--db-table", ""], "SCHEMA.TABLE"),
+        (["--db-port", "0"], "db-port"),
+        (["--no-such-option"], "--no-such-option"),
+        (["surplus"], "surplus"),
+        (["--profile", "no-such-profile"], "--profile"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(world: World, arguments, hint):
+    result = world.purge(*arguments)
+    assert result.code == 2
+    assert hint in result.error
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("name", ["DB_HOST", "DB_USER", "DB_NAME", "BUCKET"])
+def test_a_required_option_is_required(world: World, name):
+    result = world.purge(**{f"RETENTION_PURGE_{name}": None})
+    assert result.code == 2
+    assert "--" + name.lower().replace("_", "-") in result.error
+
+
+def test_options_come_from_the_environment_too(world: World):
+    settings = {
+        "RETENTION_PURGE_AS_OF": "2019-06-03T02:00:00+02:00",
+        "RETENTION_PURGE_ORPHANS": "1",
+        "RETENTION_PURGE_ORPHAN_GRACE_DAYS": "0",
+        "RETENTION_PURGE_DRY_RUN": "yes",
+        "RETENTION_PURGE_JSON": "true",
+        "RETENTION_PURGE_QUIET": "1",
+    }
+    result = world.purge(**settings)
+    assert result.summary["mode"] == "dry-run"
+    assert result.summary["cutoff"] == "2019-03-05T00:00:00+00:00"
+    assert result.summary["planned"] == {"expired": 17, "orphan": 3, "bytes": 523}
+    assert result.err == ""
+
+
+def test_a_time_without_offset_is_utc_and_other_retention_moves_the_cutoff(world: World):
+    result = world.purge(
+        "-n", "--json", "--as-of", "2019-06-03T00:00:00", "--retention-days", "30", TZ="Asia/Tokyo"
+    )
+    assert result.summary["cutoff"] == "2019-05-04T00:00:00+00:00"
+    assert result.summary["planned"]["expired"] == 22
+
+
+def test_as_of_after_the_database_clock_is_refused(world: World):
+    result = world.purge("--as-of", "2999-01-01T00:00:00Z", "--json")
+    assert result.code == 3
+    assert "--as-of" in result.summary["error"]
+    assert len(world.box.live_keys()) == 48
+
+
+def test_failed_runs_print_one_json_object_too(world: World):
+    result = world.purge("--json", "--db-host", "no-such-host.invalid")
+    assert result.code == 1
+    assert "no-such-host.invalid" in result.summary["error"]
+    assert result.summary["error"] in result.err
+
+
+def test_a_dry_run_with_json_prints_the_summary_alone(world: World):
+    assert world.purge(*AS_OF, "-n", "--json").summary["planned"]["expired"] == 17
+
+
+def test_verbose_shows_the_traceback_of_an_error(world: World):
+    result = world.purge("-v", "--db-host", "no-such-host.invalid")
+    assert "Traceback" in result.err
+    assert result.code == 1
+
+
+def test_quiet_leaves_standard_error_to_problems(world: World):
+    result = world.purge(*AS_OF, "-q")
+    assert (result.code, result.err) == (0, "")
