@@ -26,6 +26,7 @@ report, command line.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import ipaddress
 import json
@@ -34,6 +35,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import ssl
 import sys
 import tempfile
@@ -43,12 +45,14 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from itertools import chain, islice
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from urllib.parse import unquote_plus
 from xml.etree import ElementTree
@@ -81,8 +85,18 @@ KEY_BYTES = 1024
 # `0000-00-00` sorts below it: such a job is not completed.
 FIRST_TIMESTAMP = "1970-01-01 00:00:01"
 
+# Clocks of this host, the database and S3 may differ by this much.
+MAX_SKEW = timedelta(minutes=5)
+
 # Seconds. The grouped query may sort for minutes before its first row; a re-check may not.
-CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT = 10, 3600, 50
+CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT = 10, 3600, 40
+# Seconds: a re-check is too old for a request after these.
+MAX_RECHECK_AGE = 50
+# Seconds a batch: a re-check dearer than this serves several batches at once, up to MAX_CHUNK and
+# to CHUNK_BYTES of SQL (the smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
+DEAR_RECHECK, MAX_CHUNK, CHUNK_BYTES = 0.25, 32, 2_000_000
+# Job rows deleted in one statement, which is one transaction.
+ROWS_A_COMMIT = 200
 # A key that S3 cannot delete just now is tried this often, each time after a new re-check.
 ATTEMPTS = 5
 # Seconds: the first pause after a retryable failure, doubled with each further one up to the last.
@@ -91,6 +105,9 @@ FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0
 # Character sets from whose text UTF-8 comes back unchanged, so that a key converted to them finds
 # its row. Others (sjis, gbk, …) spell some characters in two ways: their keys are sought by scan.
 ROUND_TRIP_CHARSETS = {"ascii", "latin1", "utf8", "utf8mb3", "utf8mb4"}
+
+# The code, ours, of planned keys that a stopped run did not come to.
+NOT_ATTEMPTED = "NotAttempted"
 
 # XML 1.0 cannot carry these (W3C, production 2); a carriage return comes back as a line feed.
 # A key with one of them goes by single DeleteObject, where it stands percent-encoded in the URL.
@@ -130,6 +147,27 @@ class Refused(PurgeError):
     """A guard stopped the run before the first delete."""
 
     exit_code = 3
+
+
+class Locked(PurgeError):
+    """Another run works on the same bucket, prefix and table (75: EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came. Not an Exception: libraries catch those, and try again."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+class Stopped(PurgeError):
+    """The run was interrupted: exit code 128 + the signal's number, as shells have it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"Stopped by {signal.Signals(signum).name}; run again to finish the work.")
+        self.exit_code = 128 + signum  # type: ignore[misc]
 
 
 class DatabaseError(PurgeError):
@@ -180,6 +218,7 @@ class Candidate(NamedTuple):
     size: int
     last_modified: datetime
     reason: Reason
+    version_id: str | None = None  # in an undo: of the delete marker to remove
 
 
 @dataclass(frozen=True)
@@ -232,6 +271,7 @@ class Totals:
     missing: int = 0  # expired keys without an object
     remaining: int = 0  # distinct keys of remaining jobs
     listed: int = 0  # objects that the listing gave
+    listed_remaining: int = 0  # of these, referred to by a remaining job
 
 
 Keyed = TypeVar("Keyed", Reference, S3Object)
@@ -282,11 +322,57 @@ def plan(
         if reference is not None:
             totals.remaining += not reference.expired
             totals.missing += reference.expired and item is None
+            totals.listed_remaining += not reference.expired and item is not None
         reason = policy.reason(reference, item)
         if reason is not None and item is not None:
             candidate = Candidate(*item, reason)
             totals.planned.add(candidate)
             yield candidate
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The guards' settings; `max_objects` None is no limit."""
+
+    max_objects: int | None
+    max_percent: float
+    orphans: bool
+
+
+def refusals(totals: Totals, limits: Limits) -> Iterator[str]:
+    """Why this plan must not be carried out; nothing if it may."""
+    planned = totals.planned.objects
+    if limits.max_objects is not None and planned > limits.max_objects:
+        yield f"{planned} objects would be deleted, more than --max-objects {limits.max_objects}"
+    shares = [(planned + totals.remaining, "keys that are planned or belong to remaining jobs")]
+    if limits.orphans:
+        shares.append((totals.listed, "objects in the listing"))
+    for whole, name in shares:
+        if planned > whole * limits.max_percent / 100:
+            yield (
+                f"{planned} of {whole} {name} would be deleted ({100 * planned / whole:.1f} %), "
+                f"more than --max-percent {limits.max_percent:g}"
+            )
+    if limits.orphans and totals.remaining and not totals.listed_remaining:
+        yield (
+            f"--orphans, but none of the {totals.remaining} keys of remaining jobs is among the "
+            f"{totals.listed} objects listed: --bucket, --prefix or --db-table must be wrong"
+        )
+
+
+def clock_refusals(host: datetime, database: datetime, s3_lead: timedelta) -> Iterator[str]:
+    """Why the clocks cannot be trusted, if they are more than MAX_SKEW apart.
+
+    `host` and `database` were read at the same moment; `s3_lead` is S3's clock less the host's.
+    """
+    clocks = {"this host": timedelta(), "the database": database - host, "S3": s3_lead}
+    low, high = min(clocks, key=clocks.__getitem__), max(clocks, key=clocks.__getitem__)
+    apart = clocks[high] - clocks[low]
+    if apart > MAX_SKEW:
+        yield (
+            f"the clock of {high} is {apart.total_seconds():.0f} seconds ahead of that of {low}, "
+            f"more than {MAX_SKEW.total_seconds():.0f}: set the clocks"
+        )
 
 
 def just_before(key: str) -> str:
@@ -392,8 +478,9 @@ def connect(server: Server, read_timeout: int) -> Connection:
             password=secret.encode(),
             database=server.database,
             charset="utf8mb4",
-            # TIMESTAMP columns are converted to the session's time zone: make it UTC.
-            init_command="SET time_zone = '+00:00'",
+            # TIMESTAMP columns are converted to the session's time zone: make it UTC. The
+            # connection that holds the lock is idle while the bucket is listed: allow it a day.
+            init_command="SET time_zone = '+00:00', wait_timeout = 86400",
             # Every read sees the table as it is now, not as an open transaction first saw it.
             autocommit=True,
             connect_timeout=CONNECT_TIMEOUT,
@@ -490,29 +577,30 @@ EXPIRED_SQL = (
 
 
 class JobTable:
-    """The job table, read over one connection; nothing here writes.
+    """The job table over one connection. Only `delete` writes.
 
-    Raises DatabaseError if the table cannot be read or lacks a column.
+    All methods raise DatabaseError.
     """
 
     def __init__(self, connection: Connection, schema: str, table: str) -> None:
         self._connection = connection
         self.name = f"{schema}.{table}"
+        self._place = (schema, table)
         self._sql_name = f"{quoted(schema)}.{quoted(table)}"
-        self._charset, self._collation = self._describe(schema, table)
+        self._charset, self._collation = self._describe()
 
     def _query(self, doing: str, sql: str, arguments: Any = None) -> tuple[tuple[Any, ...], ...]:
         with database_errors(f"{doing} {self.name}"), self._connection.cursor() as cursor:
             cursor.execute(sql, arguments)
             return cursor.fetchall()
 
-    def _describe(self, schema: str, table: str) -> tuple[str, str]:
+    def _describe(self) -> tuple[str, str]:
         """Character set and collation of `sourceData`, after a look that all columns are there."""
         rows = self._query(
             "Cannot describe",
             "SELECT COLUMN_NAME, CHARACTER_SET_NAME, COLLATION_NAME FROM information_schema.COLUMNS"
             " WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s",
-            (schema, table),
+            self._place,
         )
         columns = {name.lower(): (charset, collation) for name, charset, collation in rows}
         if not columns:
@@ -554,6 +642,29 @@ class JobTable:
                 yield from rows
             cursor.close()
 
+    def lock(self, bucket: str, prefix: str) -> None:
+        """Take the lock on bucket, prefix and table until the connection ends.
+
+        Raises Locked if another run has it.
+        """
+        subject = json.dumps([bucket, prefix, self.name]).encode()
+        name = f"retention_purge:{hashlib.sha256(subject).hexdigest()[:40]}"  # of 64 at most
+        ((got,),) = self._query("Cannot take the lock on", "SELECT GET_LOCK(%s, 0)", (name,))
+        if got is None:
+            raise DatabaseError(f"GET_LOCK on {self.name} failed; see the server's error log.")
+        if not got:
+            raise Locked("Another run works on the same bucket, prefix and table; try again later.")
+
+    def is_indexed(self) -> bool:
+        """Whether an index leads with `sourceData`."""
+        rows = self._query(
+            "Cannot read the indexes of",
+            "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = %s "
+            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 LIMIT 1",
+            self._place,
+        )
+        return bool(rows)
+
     def referenced(self, names: list[str], cutoff: datetime) -> tuple[set[str], set[str]]:
         """Which of `names` a remaining job refers to at this moment, and which any job does.
 
@@ -578,6 +689,45 @@ class JobTable:
         remaining = {asked[found] for found, expired in rows if found in asked and not expired}
         return remaining, by_any
 
+    def expired_rows(self, cutoff: datetime) -> Iterator[tuple[bytes, str]]:
+        """(`sourceData` in UTF-8, `jobId`) of each expired job, in byte order of the former."""
+        name = text_bytes("`sourceData`")
+        with database_errors(f"Cannot read {self.name}"):
+            cursor = self._connection.cursor(SSCursor)
+            cursor.execute(
+                f"SELECT {name} AS name, `jobId` FROM {self._sql_name} WHERE {EXPIRED_SQL} "
+                f"AND {name} <> '' ORDER BY name",
+                {"cutoff": sql_time(cutoff)},
+            )
+            while rows := cursor.fetchmany(1000):
+                yield from rows
+            cursor.close()
+
+    def delete(self, rows: list[JobRow], cutoff: datetime) -> int:
+        """Delete these jobs, if they are as they were read and still expired; how many were."""
+        names = [(row.job_id, row.name) for row in rows]
+        pair = f"({text_bytes('`jobId`')}, {text_bytes('`sourceData`')})"
+        sql = (
+            f"DELETE FROM {self._sql_name} WHERE `jobId` IN %(ids)s AND {EXPIRED_SQL} "
+            f"AND {pair} IN %(names)s"
+        )
+        arguments = {
+            "ids": [row.job_id for row in rows],
+            "names": names,
+            "cutoff": sql_time(cutoff),
+        }
+        doing = f"Cannot delete from {self.name}"
+        with database_errors(doing), self._connection.cursor() as cursor:
+            return cursor.execute(sql, arguments)
+
+
+class JobRow(NamedTuple):
+    """An expired row of the job table. `key` is `prefix + name`."""
+
+    key: str
+    name: str
+    job_id: str
+
 
 def quoted(identifier: str) -> str:
     return "`" + identifier.replace("`", "``") + "`"
@@ -592,18 +742,19 @@ def quoted_time(moment: datetime) -> str:
     return f"'{sql_time(moment)}'"
 
 
-def references(rows: Iterable[tuple[bytes | None, int, int]], prefix: str) -> Iterator[Reference]:
-    """The keys that the rows of `JobTable.names` mean; rows that mean none are logged.
+def as_text(name: bytes | None) -> str:
+    """The name as text; empty for NULL, and for bytes that are no UTF-8, which S3 cannot hold."""
+    try:
+        return (name or b"").decode()
+    except UnicodeDecodeError:
+        return ""
 
-    NULL, the empty string, and bytes that are no UTF-8 (which S3 cannot hold) name no object.
-    """
+
+def references(rows: Iterable[tuple[bytes | None, int, int]], prefix: str) -> Iterator[Reference]:
+    """The keys that the rows of `JobTable.names` mean; the jobs that mean none are logged."""
     nameless = 0
     for name, expired, jobs in rows:
-        try:
-            text = (name or b"").decode()
-        except UnicodeDecodeError:
-            text = ""
-        if text:
+        if text := as_text(name):
             yield Reference(prefix + text, bool(expired))
         else:
             nameless += jobs
@@ -637,7 +788,8 @@ class Verdict(NamedTuple):
     key: str
     code: str | None = None
     message: str = ""
-    version_id: str | None = None  # of the delete marker, in a versioned bucket
+    version_id: str | None = None  # that the request named
+    marker: str | None = None  # version id of the delete marker, in a versioned bucket
 
 
 class Bucket:
@@ -672,11 +824,15 @@ class Bucket:
             client.meta.events.register_first(f"before-parse.s3.{operation}", reader)
         return client
 
-    def versioning(self) -> str:
-        """`off`, `enabled` or `suspended`."""
+    def versioning(self) -> tuple[str, timedelta]:
+        """`off`, `enabled` or `suspended`; and by how much S3's clock leads this host's."""
         with bucket_errors(f"Cannot read the versioning of bucket {self.name}"):
             answer = self._read.get_bucket_versioning(Bucket=self.name)
-        return answer.get("Status", "off").lower()
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if date is None:
+            raise BucketError("S3's answer has no Date header: is this S3?", "InvalidAnswer")
+        lead = parsedate_to_datetime(date) - datetime.now(UTC)
+        return answer.get("Status", "off").lower(), lead
 
     def page(self, **where: Any) -> Page:
         """Up to 1,000 objects after `StartAfter` or a `ContinuationToken`."""
@@ -718,8 +874,18 @@ class Bucket:
                 return
             last = page.objects[-1].key
 
-    def delete(self, keys: list[str]) -> list[Verdict]:
-        """Ask S3 to delete the keys in one request; exactly one verdict for each.
+    def markers(self, key: str) -> dict[str, bool]:
+        """The delete markers on a key: version id → whether it is the latest version."""
+        with self._counting:
+            self._requests.list += 1
+        with bucket_errors(f"Cannot list the versions in bucket {self.name}"):
+            answer = self._read.list_object_versions(Bucket=self.name, Prefix=key)
+        # The key's own versions come first, before those of keys that it is a prefix of.
+        found = [item for item in answer.get("DeleteMarkers", []) if item["Key"] == key]
+        return {item["VersionId"]: item["IsLatest"] for item in found}
+
+    def delete(self, candidates: list[Candidate]) -> list[Verdict]:
+        """Ask S3 to delete the keys in one request; exactly one verdict for each, in their order.
 
         A key that S3 does not have is answered as deleted. Raises BucketError if the request failed
         as a whole, in which case any of the keys may be gone.
@@ -727,25 +893,34 @@ class Bucket:
         with self._counting:
             self._requests.delete += 1
         with bucket_errors(f"Cannot delete in bucket {self.name}"):
-            if len(keys) == 1 and NOT_XML.search(keys[0]):
-                return [self._delete_single(keys[0])]
+            if len(candidates) == 1 and NOT_XML.search(candidates[0].key):
+                return [self._delete_single(candidates[0])]
             answer: Any = self._write.delete_objects(
-                Bucket=self.name, Delete={"Objects": [{"Key": key} for key in keys]}
+                Bucket=self.name, Delete={"Objects": [named(item) for item in candidates]}
             )
-        verdicts: dict[str, Verdict] = {verdict.key: verdict for verdict in answer["Verdicts"]}
-        unanswered = "S3's answer does not mention the key"
-        return [verdicts.get(key) or Verdict(key, "NoAnswer", unanswered) for key in keys]
+        verdicts: dict[tuple[str, str | None], Verdict] = {}
+        for verdict in answer["Verdicts"]:
+            verdicts[verdict.key, verdict.version_id] = verdict
+        silent = "S3's answer does not mention the key"
+        return [
+            verdicts.get((item.key, item.version_id)) or Verdict(item.key, "NoAnswer", silent)
+            for item in candidates
+        ]
 
-    def _delete_single(self, key: str) -> Verdict:
+    def _delete_single(self, item: Candidate) -> Verdict:
         try:
-            answer = self._write.delete_object(Bucket=self.name, Key=key)
+            answer = self._write.delete_object(Bucket=self.name, **named(item))
         except ClientError as error:  # a verdict on this key, not on the request as a whole
-            return Verdict(key, *code_and_message(error))
+            return Verdict(item.key, *code_and_message(error))
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         if status != 204:  # what DeleteObject answers (S3 API reference)
-            return Verdict(key, "InvalidAnswer", f"HTTP status {status} instead of 204")
-        marker = answer.get("VersionId") if answer.get("DeleteMarker") else None
-        return Verdict(key, version_id=marker)
+            return Verdict(item.key, "InvalidAnswer", f"HTTP status {status} instead of 204")
+        return Verdict(item.key, marker=answer.get("VersionId"))
+
+
+def named(item: Candidate) -> Any:
+    """The object in the words of DeleteObject and DeleteObjects."""
+    return {"Key": item.key} | ({"VersionId": item.version_id} if item.version_id else {})
 
 
 def batches(candidates: Iterable[Candidate]) -> Iterator[list[Candidate]]:
@@ -840,19 +1015,22 @@ def parse_listing(root: ElementTree.Element, ns: str) -> Page:
 
 def parse_deletes(root: ElementTree.Element, ns: str) -> list[Verdict]:
     """DeleteResult → the verdicts in it."""
-    verdicts = [
-        Verdict(required(item, f"{ns}Key"), version_id=item.findtext(f"{ns}DeleteMarkerVersionId"))
-        for item in root.iterfind(f"{ns}Deleted")
-    ]
+    verdicts = []
+    for item in root.iterfind(f"{ns}Deleted"):
+        key, version = required(item, f"{ns}Key"), item.findtext(f"{ns}VersionId")
+        marker = item.findtext(f"{ns}DeleteMarkerVersionId")
+        verdicts.append(Verdict(key, None, "", version, marker))
     for item in root.iterfind(f"{ns}Error"):
-        key, code = required(item, f"{ns}Key"), required(item, f"{ns}Code")
-        verdicts.append(Verdict(key, code, item.findtext(f"{ns}Message") or ""))
+        key, version = required(item, f"{ns}Key"), item.findtext(f"{ns}VersionId")
+        code, message = required(item, f"{ns}Code"), item.findtext(f"{ns}Message")
+        verdicts.append(Verdict(key, code, message or "", version or None))
     return verdicts
 
 
 ANSWERS = {
     "ListObjectsV2": answer_reader("ListBucketResult", "Page", parse_listing),
     "DeleteObjects": answer_reader("DeleteResult", "Verdicts", parse_deletes),
+    "ListObjectVersions": answer_reader("ListVersionsResult", None, lambda *_: None),
     "GetBucketVersioning": answer_reader("Versioning", None, lambda *_: None),
 }
 
@@ -876,8 +1054,9 @@ def bucket_errors(doing: str) -> Iterator[None]:
 BUCKET_ADVICE = {
     "NoSuchBucket": "Check --bucket.",
     "AccessDenied": (
-        "The AWS identity needs s3:ListBucket and s3:GetBucketVersioning on the bucket, and "
-        "s3:DeleteObject on its objects."
+        "The AWS identity needs s3:ListBucket and s3:GetBucketVersioning on the bucket and "
+        "s3:DeleteObject on its objects; in a versioned bucket also s3:ListBucketVersions, and "
+        "for --undo s3:DeleteObjectVersion."
     ),
     "ExpiredToken": "The AWS credentials ended; run again with fresh ones.",
     "PermanentRedirect": "Check --region: the bucket is in another one.",
@@ -917,7 +1096,8 @@ class Report:
     requests: Requests = field(default_factory=Requests)
     max_recheck_age: float = 0.0  # seconds
     started: float = field(default_factory=time.monotonic)
-    planned: bool = False  # the plan is complete
+    jobs_deleted: int = 0
+    plan_complete: bool = False
     error: PurgeError | None = None
 
     @property
@@ -941,7 +1121,7 @@ class Report:
             "retained": self.retained,
             "failed": self.failed,
             "missing": self.totals.missing,
-            "jobs_deleted": 0,
+            "jobs_deleted": self.jobs_deleted,
             "recoverable": self.versioning == "enabled" and self.deleted.objects > 0,
             "requests": asdict(self.requests),
             "max_recheck_age_seconds": round(self.max_recheck_age, 3),
@@ -962,19 +1142,34 @@ class Report:
             ("deleted", in_words(self.deleted)),
             ("retained", f"{self.retained} planned, but a job refers to them by now"),
             ("failed", f"{self.failed}"),
-            ("missing", f"{self.totals.missing} expired keys have no object"),
+            ("missing", f"{self.totals.missing} {MISSING[self.mode]}"),
+            ("jobs", f"{self.jobs_deleted} expired job rows deleted"),
             ("requests", f"{self.requests.list} LIST, {self.requests.delete} DELETE"),
             ("re-check", f"at most {self.max_recheck_age:.3f} s before its request"),
             ("seconds", f"{facts['seconds']}"),
             ("exit code", f"{self.exit_code}"),
         ]
-        if self.mode == "dry-run":
-            lines = [
-                line
-                for line in lines
-                if line[0] not in ("deleted", "retained", "failed", "re-check")
-            ]
-        return "\n".join(f"{name:<10}{fact}" for name, fact in lines)
+        text = "\n".join(
+            f"{name:<10}{fact}" for name, fact in lines if name not in HIDDEN[self.mode]
+        )
+        return text if self.mode == "undo" else text + VERSIONING_ADVICE[self.versioning]
+
+
+# What the text summary says of missing keys, and leaves out, in each mode.
+MISSING = dict.fromkeys(("purge", "dry-run"), "expired keys have no object")
+MISSING["undo"] = "delete markers are gone already"
+HIDDEN = {
+    "purge": (),
+    "dry-run": ("deleted", "retained", "failed", "jobs", "re-check"),
+    "undo": ("table", "cutoff", "retained", "jobs", "re-check"),
+}
+VERSIONING_ADVICE = {
+    "off": "",
+    "enabled": "\nThe bucket is versioned: deleted objects are hidden behind delete markers, and no"
+    "\nspace is freed until a lifecycle rule expires old versions. Till then --undo AUDIT_LOG"
+    "\nbrings them back.",
+    "suspended": "\nVersioning is suspended: deleted objects are gone, a run cannot be undone.",
+}
 
 
 def in_words(tally: Tally) -> str:
@@ -983,9 +1178,129 @@ def in_words(tally: Tally) -> str:
     return f"{tally.objects} objects, {tally.bytes} bytes ({reasons})"
 
 
+class Ledger:
+    """Accounts for every key: in the report, in the audit log, failures also on standard error.
+
+    The audit log is JSON Lines, appended: `start`, then `delete` (the intent, on disk before its
+    request leaves), `deleted`, `failed` or `retained` for each key, and `end` with the summary.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self._file: io.FileIO | None = None
+        self._started = False
+        self._broken: OSError | None = None
+
+    def open(self, path: Path | None) -> None:
+        """Raises UsageError if the file cannot be appended to."""
+        if path is None:
+            return
+        try:
+            self._file = io.FileIO(path, "a+")
+            if self._file.seek(0, os.SEEK_END):
+                self._file.seek(-1, os.SEEK_END)
+                if self._file.read() != b"\n":  # a run that was killed left its last line cut
+                    self._file.write(b"\n")
+        except OSError as error:
+            raise UsageError(f"Cannot write the audit log {path}: {error.strerror}.") from error
+
+    def start(self, options: Options) -> None:
+        report = self.report
+        where = {"bucket": report.bucket, "prefix": report.prefix, "table": report.table}
+        cutoff = report.cutoff and report.cutoff.isoformat()
+        self._started = True
+        self._write([self._event("start", **where, cutoff=cutoff, options=asdict(options))])
+        self._check()
+
+    def intend(self, candidates: list[Candidate]) -> None:
+        """Put the keys on disk, before their request. Raises PurgeError if that fails."""
+        self._write([self._key_event("delete", item) for item in candidates], sync=True)
+        self._check()
+
+    def deleted(self, item: Candidate, marker: str | None) -> None:
+        self.report.deleted.add(item)
+        recovery = {"version_id": marker} if marker else {}
+        self._write([self._key_event("deleted", item, **recovery)])
+
+    def retained(self, item: Candidate) -> None:
+        self.report.retained += 1
+        log.info("retained %s: a job refers to it by now", printable(item.key))
+        self._write([self._key_event("retained", item)])
+
+    def failed(self, item: Candidate, verdict: Verdict) -> None:
+        self.report.failed += 1
+        if verdict.code != NOT_ATTEMPTED:
+            log.error("failed %s: %s: %s", printable(item.key), verdict.code, verdict.message)
+        detail = {"code": verdict.code, "message": verdict.message}
+        self._write([self._key_event("failed", item, **detail)])
+
+    def end(self) -> None:
+        """Close the log with the summary. Raises PurgeError if the log has a gap."""
+        if self._started:
+            self._write([self._event("end", **self.report.as_dict())], sync=True)
+            self._check()
+
+    def _key_event(self, event: str, item: Candidate, **more: Any) -> dict[str, Any]:
+        modified = item.last_modified.isoformat()
+        known = {"key": item.key, "reason": item.reason, "size": item.size}
+        return self._event(event, **known, last_modified=modified, **more)
+
+    def _event(self, event: str, **more: Any) -> dict[str, Any]:
+        now = datetime.now(UTC).isoformat()
+        return {"event": event, "run_id": self.report.run_id, "time": now} | more
+
+    def _write(self, events: list[dict[str, Any]], sync: bool = False) -> None:
+        """Append whole lines. After a failed write nothing more is: the log ends where it broke."""
+        if self._file is None or self._broken is not None:
+            return
+        lines = "".join(json.dumps(event, default=str) + "\n" for event in events).encode()
+        try:
+            while lines:
+                lines = lines[self._file.write(lines) :]
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._broken = error
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            reason = self._broken.strerror
+            raise PurgeError(f"Cannot write the audit log: {reason}. Mend that and run again.")
+
+
 # ---------------------------------------------------------------------------------------------
 # Execution
 # ---------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """SIGINT and SIGTERM. The first ends the run in order, a second one at once.
+
+    While the run only reads, the signal raises Interrupted where it arrives. After `defer` it is
+    only noted, and `check` raises: between two batches, so that all in flight is accounted for.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._deferred = False
+        self.event = threading.Event()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        self._received = signum
+        self.event.set()
+        if not self._deferred:
+            raise Interrupted(signum)
+
+    def defer(self) -> None:
+        self._deferred = True
+
+    def check(self) -> None:
+        if self._received is not None:
+            raise Interrupted(self._received)
 
 
 class Pace:
@@ -1003,8 +1318,9 @@ class Pace:
         """After a success."""
         self._pause /= 2
 
-    def wait(self) -> None:
-        time.sleep(max(0.0, self._until - time.monotonic()))
+    def wait(self, stop: threading.Event) -> None:
+        """Until the pause is over, or the run is to stop."""
+        stop.wait(max(0.0, self._until - time.monotonic()))
 
 
 @dataclass
@@ -1023,20 +1339,29 @@ class Execution:
 
     A batch waits nowhere between its re-check and its request: first a free worker is awaited, then
     the table is asked, then the request leaves. A key that S3 cannot delete just now goes through
-    all of that again.
+    all of that again. Where a re-check is dear (no index), one serves several batches.
+
+    `in_use` tells which keys of some candidates must stay, at this moment.
     """
 
     def __init__(
-        self, bucket: Bucket, jobs: JobTable, cutoff: datetime, report: Report, workers: int
+        self,
+        bucket: Bucket,
+        ledger: Ledger,
+        stop: StopSignals,
+        workers: int,
+        in_use: Callable[[list[Candidate]], set[str]],
     ) -> None:
-        self._bucket, self._jobs, self._cutoff = bucket, jobs, cutoff
-        self._report, self._workers = report, workers
+        self._bucket, self._ledger, self._stop = bucket, ledger, stop
+        self._workers, self._in_use = workers, in_use
         self._pace = Pace()
         self._in_flight: dict[Future[None], Batch] = {}
         self._retries: deque[Batch] = deque()
+        self._checked: deque[Batch] = deque()  # free to be sent
+        self._chunk = 1  # batches in the next re-check
 
     def run(self, candidates: Iterable[Candidate]) -> None:
-        """Each candidate ends as exactly one of deleted, failed, retained in the report.
+        """Each candidate ends as exactly one of deleted, failed, retained in the ledger.
 
         Raises PurgeError if the run had to stop: what was in flight is finished and accounted for,
         what was not attempted counts as failed.
@@ -1044,62 +1369,99 @@ class Execution:
         source = map(Batch, batches(candidates))
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                while (batch := self._next(source)) is not None:
-                    self._dispatch(batch, pool)
+                while self._next_is_ready(source):
+                    self._ledger.intend(self._checked[0].candidates)
+                    batch = self._checked.popleft()
+                    self._in_flight[pool.submit(self._send, batch)] = batch
             finally:
                 self._finish(source)
 
-    def _next(self, source: Iterator[Batch]) -> Batch | None:
-        """Wait until a worker is free; then the next batch to send, None when all is done."""
+    def _next_is_ready(self, source: Iterator[Batch]) -> bool:
+        """Wait until a worker is free and a batch re-checked for it; False when all is done."""
         while True:
             while len(self._in_flight) >= self._workers:
                 self._settle(FIRST_COMPLETED)
-            self._pace.wait()
-            if self._retries:
-                return self._retries.popleft()
-            if (batch := next(source, None)) is not None:
-                return batch
-            if not self._in_flight:
-                return None
-            self._settle(FIRST_COMPLETED)  # it may have to be retried
+            self._pace.wait(self._stop.event)
+            self._stop.check()
+            self._drop_stale()
+            if self._checked:
+                return True
+            if not self._recheck(source):
+                if not self._in_flight:
+                    return False
+                self._settle(FIRST_COMPLETED)  # it may have to be retried
 
-    def _dispatch(self, batch: Batch, pool: ThreadPoolExecutor) -> None:
-        """Re-check the batch and send what no job refers to."""
+    def _drop_stale(self) -> None:
+        """Re-checks that have grown too old are done again, fewer batches at a time."""
+        if self._checked and time.monotonic() - self._checked[0].checked > MAX_RECHECK_AGE:
+            self._retries.extend(self._checked)
+            self._checked.clear()
+            self._chunk = max(1, self._chunk // 2)
+
+    def _recheck(self, source: Iterator[Batch]) -> bool:
+        """Ask which keys of the next batches are in use by now; False if no batch is left."""
+        chunk = self._take(source)
         try:
-            self._recheck(batch)
+            for batch in chunk:
+                self._find_lost_answers(batch)
+            started = time.monotonic()
+            used = self._in_use([item for batch in chunk for item in batch.candidates])
         except PurgeError:
-            self._retries.append(batch)  # where `_finish` accounts for it
+            self._retries.extend(chunk)  # where `_finish` accounts for them
             raise
-        if batch.candidates:
-            self._in_flight[pool.submit(self._send, batch)] = batch
+        cost = time.monotonic() - started
+        for batch in chunk:
+            for item in batch.candidates:
+                if item.key in used:
+                    self._ledger.retained(item)
+            batch.candidates = [item for item in batch.candidates if item.key not in used]
+            batch.verdicts, batch.checked = [], started
+            if batch.candidates:
+                self._checked.append(batch)
+        if cost > DEAR_RECHECK * len(chunk):
+            self._chunk = min(self._chunk * 2, MAX_CHUNK)
+        elif cost < DEAR_RECHECK * len(chunk) / 4:
+            self._chunk = max(1, self._chunk // 2)
+        return bool(chunk)
 
-    def _recheck(self, batch: Batch) -> None:
-        """Drop the candidates that a job refers to by now: expired keys if a remaining job does,
-        orphans if any does."""
-        batch.checked = time.monotonic()
-        start = len(self._bucket.prefix)
-        names = {candidate.key: candidate.key[start:] for candidate in batch.candidates}
-        remaining, by_any = self._jobs.referenced(list(names.values()), self._cutoff)
-        free = []
-        for candidate in batch.candidates:
-            users = remaining if candidate.reason is Reason.EXPIRED else by_any
-            if names[candidate.key] in users:
-                self._report.retained += 1
-                log.info("retained %s: a job refers to it by now", printable(candidate.key))
+    def _take(self, source: Iterator[Batch]) -> list[Batch]:
+        """The batches of the next re-check, retries first."""
+        chunk: list[Batch] = []
+        size = 0
+        while len(chunk) < self._chunk and size < CHUNK_BYTES:
+            batch = self._retries.popleft() if self._retries else next(source, None)
+            if batch is None:
+                break
+            chunk.append(batch)
+            size += sum(len(item.key) + 64 for item in batch.candidates)
+        return chunk
+
+    def _find_lost_answers(self, batch: Batch) -> None:
+        """In a versioned bucket, find out which keys an earlier try has deleted after all.
+
+        Deleting them again would put a second marker on top, of which no log would know.
+        """
+        if not batch.tries or self._ledger.report.versioning != "enabled":
+            return
+        left = []
+        for item in batch.candidates:
+            markers = {} if item.version_id else self._bucket.markers(item.key)
+            latest = next((marker for marker, is_latest in markers.items() if is_latest), None)
+            if latest is None:
+                left.append(item)
             else:
-                free.append(candidate)
-        batch.candidates = free
+                self._ledger.deleted(item, latest)
+        batch.candidates, batch.verdicts = left, []
 
     def _send(self, batch: Batch) -> None:
         """In a worker: one request. Verdicts and age are left in the batch."""
         batch.tries += 1
         batch.age = time.monotonic() - batch.checked
-        keys = [candidate.key for candidate in batch.candidates]
         try:
-            batch.verdicts = self._bucket.delete(keys)
+            batch.verdicts = self._bucket.delete(batch.candidates)
         except Exception as error:  # whatever it is, no key may go uncounted
             code = error.code if isinstance(error, BucketError) else type(error).__name__
-            batch.verdicts = [Verdict(key, code, str(error)) for key in keys]
+            batch.verdicts = [Verdict(item.key, code, str(error)) for item in batch.candidates]
             raise
 
     def _settle(self, until: str) -> None:
@@ -1117,38 +1479,159 @@ class Execution:
             raise refused
 
     def _account(self, batch: Batch) -> None:
-        self._report.max_recheck_age = max(self._report.max_recheck_age, batch.age)
+        report = self._ledger.report
+        report.max_recheck_age = max(report.max_recheck_age, batch.age)
         again = Batch([], batch.tries)
         for candidate, verdict in zip(batch.candidates, batch.verdicts, strict=True):
             if verdict.code is None:
-                self._report.deleted.add(candidate)
+                self._ledger.deleted(candidate, verdict.marker)
             elif verdict.code in RETRYABLE and batch.tries < ATTEMPTS:
                 again.candidates.append(candidate)
                 again.verdicts.append(verdict)
             else:
-                self._failed(candidate, verdict)
+                self._ledger.failed(candidate, verdict)
         if again.candidates:
             self._retries.append(again)
             self._pace.ease_off()
         else:
             self._pace.recover()
 
-    def _failed(self, candidate: Candidate, verdict: Verdict) -> None:
-        self._report.failed += 1
-        log.error("failed %s: %s: %s", printable(candidate.key), verdict.code, verdict.message)
-
     def _finish(self, source: Iterable[Batch]) -> None:
         """Account for all that is left. After a run without errors that is nothing."""
         with suppress(BucketError):  # the run stops already, for the first such error
             self._settle(ALL_COMPLETED)
-        left = 0
-        for batch in chain(self._retries, source):
-            for candidate, verdict in zip(batch.candidates, batch.verdicts, strict=False):
-                self._failed(candidate, verdict)
-            left += len(batch.candidates) - len(batch.verdicts)
-        if left:
-            self._report.failed += left
-            log.error("%d planned keys were not attempted; they count as failed", left)
+        unsent = 0
+        for batch in chain(self._retries, self._checked, source):
+            unsent += 0 if batch.verdicts else len(batch.candidates)
+            default = (Verdict(c.key, NOT_ATTEMPTED, "the run stopped") for c in batch.candidates)
+            for candidate, verdict in zip(batch.candidates, batch.verdicts or default, strict=True):
+                self._ledger.failed(candidate, verdict)
+        if unsent:
+            log.error("%d planned keys were not attempted; they count as failed", unsent)
+
+
+class InUse:
+    """The re-check: which of some candidates must stay, because a job refers to them by now."""
+
+    def __init__(self, jobs: JobTable, cutoff: datetime, prefix: str) -> None:
+        self._jobs, self._cutoff, self._prefix = jobs, cutoff, prefix
+        self._advised = False
+
+    def __call__(self, candidates: list[Candidate]) -> set[str]:
+        """The keys that must stay: of expired keys those that a remaining job refers to, of orphans
+        those that any job does."""
+        if not candidates:
+            return set()
+        start, asked = len(self._prefix), time.monotonic()
+        names = [item.key[start:] for item in candidates]
+        remaining, by_any = self._jobs.referenced(names, self._cutoff)
+        self._advise(time.monotonic() - asked)
+        users = {Reason.EXPIRED: remaining, Reason.ORPHAN: by_any}
+        return {item.key for item in candidates if item.key[start:] in users[item.reason]}
+
+    def _advise(self, seconds: float) -> None:
+        """Once, if it is so: say which index would help."""
+        if seconds > DEAR_RECHECK and not self._advised and not self._jobs.is_indexed():
+            advice = "each scans the table; an index on sourceData would help"
+            log.warning("a re-check of %s took %.1f s: %s", self._jobs.name, seconds, advice)
+            self._advised = True
+
+
+def delete_jobs(
+    bucket: Bucket,
+    jobs: JobTable,
+    names: Spool[Reference],
+    cutoff: datetime,
+    report: Report,
+    stop: StopSignals,
+) -> None:
+    """Delete the rows of expired jobs whose object is gone, or is kept by a remaining job.
+
+    A new listing, made after the deletes, tells what is gone. The row of an object that is still
+    there, as its delete failed or it was retained, stays: the next run decides anew. So does a row
+    that was not there when the plan was made. Raises PurgeError.
+    """
+    log.info("looking which expired job rows may go")
+    with closing(Spool(expired_rows(jobs.expired_rows(cutoff), bucket.prefix))) as rows:
+        still_there = bucket.find(reference.key for reference in names if reference.expired)
+        for chunk in chunks(disposable(rows, outer_join(names, still_there)), ROWS_A_COMMIT):
+            stop.check()
+            shared = [row.name for row, gone in chunk if not gone]
+            remaining = jobs.referenced(shared, cutoff)[0] if shared else set()
+            free = [row for row, gone in chunk if gone or row.name in remaining]
+            report.jobs_deleted += jobs.delete(free, cutoff) if free else 0
+
+
+def expired_rows(rows: Iterable[tuple[bytes, str]], prefix: str) -> Iterator[JobRow]:
+    """The rows that name an object."""
+    for name, job_id in rows:
+        if text := as_text(name):
+            yield JobRow(prefix + text, text, job_id)
+
+
+def disposable(
+    rows: Iterable[JobRow], pairs: Iterable[tuple[Reference | None, S3Object | None]]
+) -> Iterator[tuple[JobRow, bool]]:
+    """Of the rows (ascending by key), those whose key the plan knew and whose object is gone (True)
+    or was kept by a remaining job when the plan was made (False)."""
+    known = iter(pairs)
+    reference, found = next(known, (None, None))
+    for row in rows:
+        while reference is not None and reference.key < row.key:
+            reference, found = next(known, (None, None))
+        if reference is not None and reference.key == row.key:
+            if not reference.expired:
+                yield row, False
+            elif found is None:
+                yield row, True
+
+
+def recorded_markers(path: Path, bucket: str) -> Iterator[Candidate]:
+    """The delete markers that an audit log records, as candidates for their own removal.
+
+    A cut line, which a killed run leaves, is skipped with a warning. Raises UsageError if the file
+    cannot be read, Refused if it is no audit log or one of another bucket.
+    """
+    number = starts = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    log.warning("%s: line %d is cut; skipped", path, number)
+                    continue
+                if event["event"] == "start":
+                    starts += 1
+                    if event["bucket"] != bucket:
+                        raise Refused(
+                            f"{path} is the log of bucket {event['bucket']}, not {bucket}."
+                        )
+                elif event["event"] == "deleted" and event.get("version_id", "null") != "null":
+                    modified = datetime.fromisoformat(event["last_modified"])
+                    known = event["key"], event["size"], modified, Reason(event["reason"])
+                    yield Candidate(*known, event["version_id"])
+    except OSError as error:
+        raise UsageError(f"Cannot read the audit log {path}: {error.strerror}.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused(f"{path}, line {number}: not of an audit log of this tool.") from error
+    if not starts:
+        raise Refused(f"{path} is not an audit log of this tool: it has no start event.")
+
+
+def plan_undo(
+    recorded: Iterable[Candidate], bucket: Bucket, totals: Totals, workers: int
+) -> Iterator[Candidate]:
+    """Those markers that are still there. Anything else under such a version id is left alone."""
+    with ThreadPoolExecutor(workers) as pool:
+        for chunk in chunks(recorded, PAGE):
+            found = pool.map(bucket.markers, [item.key for item in chunk])
+            for item, markers in zip(chunk, found, strict=True):
+                if item.version_id in markers:
+                    totals.planned.add(item)
+                    yield item
+                else:
+                    totals.missing += 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1174,11 +1657,16 @@ class Options:
     as_of: datetime | None
     orphans: bool
     orphan_grace_days: int
+    delete_jobs: bool
     dry_run: bool
+    max_objects: int | None
+    max_percent: float
     workers: int
+    audit_log: Path | None
     json: bool
     verbose: bool
     quiet: bool
+    undo: Path | None
 
     @property
     def table(self) -> tuple[str, str]:
@@ -1254,6 +1742,8 @@ Exit codes:
   2  wrong usage
   3  refused by a guard, nothing deleted
   4  finished, but some keys failed
+  75  another run holds the lock
+  130, 143  stopped by SIGINT, SIGTERM; run again to finish
 """
 
 
@@ -1265,12 +1755,10 @@ def option(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Call
     context_settings={"auto_envvar_prefix": "RETENTION_PURGE", "max_content_width": 100},
     epilog=EPILOG,
 )
-@option(
-    "--db-host", required=True, help="RDS endpoint: the real one, the IAM token is signed for it."
-)
+@option("--db-host", help="RDS endpoint: the real one, the IAM token is signed for it.  [required]")
 @option("--db-port", type=click.IntRange(1, 65535), default=3306, help="Port of the database.")
-@option("--db-user", required=True, help="Database user.")
-@option("--db-name", required=True, help="Schema of the job table.")
+@option("--db-user", help="Database user.  [required]")
+@option("--db-name", help="Schema of the job table.  [required]")
 @option("--db-table", type=TableName(), default="ndvr_job_status", help="TABLE or SCHEMA.TABLE.")
 @option(
     "--ca-bundle",
@@ -1302,16 +1790,41 @@ def option(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Call
     default=7,
     help="Keep orphans last modified within these days of the real clock.",
 )
+@option("--delete-jobs", is_flag=True, help="Also delete expired job rows.")
 @option("-n", "--dry-run", is_flag=True, help="Plan and report, change nothing.")
+@option(
+    "--max-objects",
+    type=click.IntRange(0),
+    help="Refuse the run if more objects would be deleted.  [default: no limit]",
+)
+@option(
+    "--max-percent",
+    type=click.FloatRange(0, 100),
+    default=50,
+    help="Refuse the run if more than this share would be deleted: of the planned keys and those "
+    "of remaining jobs; with --orphans also of the objects listed.",
+)
 @option(
     "--workers",
     type=click.IntRange(1, 64),
     default=8,
     help="Concurrent DeleteObjects requests.",
 )
+@option(
+    "--audit-log",
+    type=click.Path(path_type=Path),
+    help="Append what is deleted to this file, as JSON Lines; a dry run writes nothing.",
+)
 @option("--json", is_flag=True, help="Print the summary as one JSON object.")
 @option("-v", "--verbose", is_flag=True, help="Log more, and show tracebacks.")
 @option("-q", "--quiet", is_flag=True, help="Log warnings and errors only.")
+@click.option(
+    "--undo",
+    type=click.Path(path_type=Path),
+    metavar="AUDIT_LOG",
+    allow_from_autoenv=False,
+    help="Remove the delete markers that this log records, and stop (versioned bucket only).",
+)
 @click.pass_context
 def main(ctx: click.Context, /, **values: Any) -> None:
     """Delete the S3 source data of TRIAL jobs completed more than 90 days ago.
@@ -1320,29 +1833,47 @@ def main(ctx: click.Context, /, **values: Any) -> None:
     Start with --dry-run.
     """
     options = Options(**values)
+    for param in ctx.command.params:
+        if not options.undo and param.name in NEEDED and values[param.name] is None:
+            raise click.MissingParameter(ctx=ctx, param=param)
     set_up_output(options)
+    mode = "undo" if options.undo else "purge"
     report = Report(
-        mode="dry-run" if options.dry_run else "purge",
+        mode="dry-run" if options.dry_run else mode,
         bucket=options.bucket,
         prefix=options.prefix,
-        table=".".join(options.table),
+        table="" if options.undo else ".".join(options.table),
     )
-    try:
-        purge(options, report)
-    except PurgeError as error:
-        log.debug("stopped", exc_info=True)
-        report.error = error
-    except Exception as error:
-        log.debug("stopped", exc_info=True)
-        text = one_line(f"Unexpected {type(error).__name__}: {error}. -v shows where.")
-        report.error = PurgeError(text)
+    ledger = Ledger(report)
+    report.error = outcome(lambda: (undo if options.undo else purge)(options, ledger))
+    log_error = outcome(ledger.end)
+    report.error = report.error or log_error
     if options.json:
         click.echo(json.dumps(report.as_dict()))
-    elif report.planned:
+    elif report.plan_complete:
         click.echo(report.as_text())
     if report.error is not None:
         report.error.show()
     ctx.exit(report.exit_code)
+
+
+# Options that a purge must be given, and --undo need not.
+NEEDED = ("db_host", "db_user", "db_name")
+
+
+def outcome(action: Callable[[], None]) -> PurgeError | None:
+    """Do it; the error that ended it, in one line, whatever it was."""
+    try:
+        action()
+    except PurgeError as error:
+        log.debug("stopped", exc_info=True)
+        return error
+    except Interrupted as signal_received:
+        return Stopped(signal_received.signum)
+    except Exception as error:
+        log.debug("stopped", exc_info=True)
+        return PurgeError(one_line(f"Unexpected {type(error).__name__}: {error}. -v shows where."))
+    return None
 
 
 def set_up_output(options: Options) -> None:
@@ -1360,35 +1891,78 @@ def set_up_output(options: Options) -> None:
     log.setLevel(logging.DEBUG if options.verbose else level)
 
 
-def purge(options: Options, report: Report) -> None:
-    """The run; see the top of this file. Raises PurgeError."""
+def purge(options: Options, ledger: Ledger) -> None:
+    """The run; see the top of this file. Raises PurgeError.
+
+    A dry run has no `live` table: it takes no lock, and cannot delete.
+    """
+    report, stop = ledger.report, StopSignals()
     session = aws_session(options)
     bucket = Bucket(session, options.bucket, options.prefix, options.workers, report.requests)
-    server = Server(
-        host=options.db_host,
-        port=options.db_port,
-        user=options.db_user,
-        database=options.db_name,
-        ca_bundle=options.ca_bundle or (DEFAULT_CA_BUNDLE if DEFAULT_CA_BUNDLE.exists() else None),
-        token=lambda: iam_token(session, options),
-    )
+    server = server_of(options, session)
+    with ExitStack() as stack:
+        live = None
+        if not options.dry_run:
+            ledger.open(options.audit_log)
+            connection = stack.enter_context(closing(connect(server, RECHECK_TIMEOUT)))
+            live = JobTable(connection, *options.table)
+            live.lock(options.bucket, options.prefix)
+        names, policy, reasons = read_table(options, server, bucket, report)
+        stack.callback(names.close)
+        if live is not None:
+            ledger.start(options)
+        candidates = make_plan(bucket, names, policy, report)
+        stack.callback(candidates.close)
+        limits = Limits(options.max_objects, options.max_percent, options.orphans)
+        reasons += refusals(report.totals, limits)
+        if live is None:
+            show_plan(candidates, options)
+        if reasons:
+            raise Refused(f"Refused, nothing was deleted: {'; '.join(reasons)}.")
+        if live is not None:
+            stop.defer()
+            in_use = InUse(live, policy.cutoff, options.prefix)
+            Execution(bucket, ledger, stop, options.workers, in_use).run(candidates)
+            if options.delete_jobs:
+                delete_jobs(bucket, live, names, policy.cutoff, report, stop)
+
+
+def read_table(
+    options: Options, server: Server, bucket: Bucket, report: Report
+) -> tuple[Spool[Reference], Policy, list[str]]:
+    """The job table's keys, the rules at its clock, and what is wrong with the clocks."""
+    report.versioning, s3_lead = bucket.versioning()
     with closing(connect(server, PLAN_TIMEOUT)) as connection:
         jobs = JobTable(connection, *options.table)
-        policy = options.policy(jobs.now())
+        host, now = datetime.now(UTC), jobs.now()
+        policy = options.policy(now)
         report.cutoff = policy.cutoff
         log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
         names = Spool(references(jobs.names(policy.cutoff), options.prefix))
-    with closing(names):
-        report.versioning = bucket.versioning()
-        candidates = make_plan(bucket, names, policy, report)
-    with closing(candidates):
+    return names, policy, list(clock_refusals(host, now, s3_lead))
+
+
+def undo(options: Options, ledger: Ledger) -> None:
+    """Remove the delete markers that an audit log records, so that the objects are live again.
+
+    Only markers: a version id that is not (or no more) a delete marker of its key is left alone.
+    Raises PurgeError.
+    """
+    assert options.undo is not None
+    report, stop = ledger.report, StopSignals()
+    session = aws_session(options)
+    bucket = Bucket(session, options.bucket, options.prefix, options.workers, report.requests)
+    report.versioning, _ = bucket.versioning()
+    if report.versioning == "off":
+        raise Refused(f"Bucket {options.bucket} is not versioned: there is nothing to undo.")
+    recorded = recorded_markers(options.undo, options.bucket)
+    with closing(Spool(plan_undo(recorded, bucket, report.totals, options.workers))) as candidates:
+        report.plan_complete = True
         if options.dry_run:
             show_plan(candidates, options)
         else:
-            with closing(connect(server, RECHECK_TIMEOUT)) as connection:
-                jobs = JobTable(connection, *options.table)
-                execution = Execution(bucket, jobs, policy.cutoff, report, options.workers)
-                execution.run(candidates)
+            stop.defer()
+            Execution(bucket, ledger, stop, options.workers, lambda _: set()).run(candidates)
 
 
 def make_plan(
@@ -1399,7 +1973,7 @@ def make_plan(
     expired = (reference.key for reference in names if reference.expired)
     objects = bucket.find(expired) if policy.orphans_before is None else bucket.all()
     candidates = Spool(plan(outer_join(names, objects), policy, report.totals))
-    report.planned = True
+    report.plan_complete = True
     log.info("planned: %s", in_words(report.totals.planned))
     return candidates
 
@@ -1422,6 +1996,18 @@ def aws_session(options: Options) -> boto3.Session:
         return boto3.Session(profile_name=options.profile, region_name=options.region)
     except BotoCoreError as error:
         raise UsageError(f"{error}. Check --profile.") from error
+
+
+def server_of(options: Options, session: boto3.Session) -> Server:
+    """The database that the options name; the default CA bundle only if it is there."""
+    return Server(
+        host=options.db_host,
+        port=options.db_port,
+        user=options.db_user,
+        database=options.db_name,
+        ca_bundle=options.ca_bundle or (DEFAULT_CA_BUNDLE if DEFAULT_CA_BUNDLE.exists() else None),
+        token=lambda: iam_token(session, options),
+    )
 
 
 def iam_token(session: boto3.Session, options: Options) -> str:

@@ -55,7 +55,10 @@ class World:
 
     def __init__(self, box: Sandbox) -> None:
         self.box = box
-        self.settings: dict[str, str] = {}  # laid over the sandbox's environment
+        # Laid over the sandbox's environment. The tests' tables and buckets are small: the guard on
+        # percentages has tests of its own.
+        self.settings: dict[str, str] = {"RETENTION_PURGE_MAX_PERCENT": "100"}
+        self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, **settings: str | None) -> subprocess.Popen[str]:
         """Start the script; `settings` change its environment, None removes a variable."""
@@ -64,20 +67,19 @@ class World:
             environment.pop(name, None)
             if value is not None:
                 environment[name] = value
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.processes.append(process)
+        return process
 
     def purge(self, *arguments: str, **settings: str | None) -> Result:
         process = self.start(*arguments, **settings)
-        try:
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
+        out, err = process.communicate(timeout=120)
         return Result(process.returncode, out, err)
 
 
@@ -88,10 +90,14 @@ def box() -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def world(box: Sandbox) -> World:
+def world(box: Sandbox) -> Iterator[World]:
     """The sandbox with the original system's jobs and objects."""
     box.load(*seed())
-    return World(box)
+    world = World(box)
+    yield world
+    for process in world.processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

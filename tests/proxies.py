@@ -134,6 +134,10 @@ class S3Proxy:
                 if answer.drop:
                     self.close_connection = True
                     return
+                with suppress(OSError):  # the client may be gone
+                    self.reply(answer)
+
+            def reply(self, answer: Answer) -> None:
                 self.send_response_only(answer.status)
                 for name, value in answer.headers.items():
                     self.send_header(name, value)

@@ -21,7 +21,7 @@ def test_help_shows_every_option_with_its_variable_and_the_exit_codes():
         if name not in ("--help", "--undo"):
             variable = "RETENTION_PURGE_" + name[2:].upper().replace("-", "_")
             assert f"env var: {variable}" in words, name
-    for code, meaning in re.findall(r"^\| (\d+) +\| ([^|;(]+)", README, re.MULTILINE):
+    for code, meaning in re.findall(r"^\| ([\d, ]+) \| ([^|;(]+)", README, re.MULTILINE):
         assert re.search(rf"\b{code} +{re.escape(meaning.split(',')[0].strip())}", words), code
 
 
