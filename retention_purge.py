@@ -42,6 +42,7 @@ import tempfile
 import threading
 import time
 import uuid
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -50,11 +51,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from itertools import chain, islice
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
-from urllib.parse import unquote_plus
+from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
 
 import boto3
@@ -65,6 +66,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from pymysql.cursors import SSCursor
 
 if TYPE_CHECKING:
+    from click._termui_impl import ProgressBar
     from types_boto3_s3 import S3Client
 
     Connection = pymysql.Connection[pymysql.cursors.Cursor]
@@ -84,6 +86,10 @@ KEY_BYTES = 1024
 # The smallest TIMESTAMP (MySQL manual, "The DATE, DATETIME, and TIMESTAMP Types"). The zero date
 # `0000-00-00` sorts below it: such a job is not completed.
 FIRST_TIMESTAMP = "1970-01-01 00:00:01"
+
+# A page with fewer wanted keys is not worth its parsing: each key is sought by itself. A seek lists
+# SEEK objects, to notice where wanted keys lie densely; a worker does SEEKS of them at a time.
+SPARSE, SEEK, SEEKS = 25, 10, 4
 
 # Clocks of this host, the database and S3 may differ by this much.
 MAX_SKEW = timedelta(minutes=5)
@@ -276,6 +282,8 @@ class Totals:
 
 Keyed = TypeVar("Keyed", Reference, S3Object)
 
+LISTING = "The bucket's listing"
+
 
 def ascending(stream: Iterable[Keyed], source: str) -> Iterator[Keyed]:
     """The same stream; raises PurgeError where a key does not follow the one before it.
@@ -286,12 +294,16 @@ def ascending(stream: Iterable[Keyed], source: str) -> Iterator[Keyed]:
     last: str | None = None
     for item in stream:
         if last is not None and item.key <= last:
-            raise PurgeError(
-                f"{source} is out of order: {printable(item.key)} came after {printable(last)}. "
-                "Nothing can be concluded from it; nothing more is deleted."
-            )
+            raise out_of_order(source, item.key, last)
         last = item.key
         yield item
+
+
+def out_of_order(source: str, key: str, last: str) -> PurgeError:
+    return PurgeError(
+        f"{source} is out of order: {printable(key)} came after {printable(last)}. Nothing can be "
+        "concluded from it, so nothing more is deleted."
+    )
 
 
 def outer_join(
@@ -299,7 +311,7 @@ def outer_join(
 ) -> Iterator[tuple[Reference | None, S3Object | None]]:
     """Pair two ascending streams by key, in constant memory; None where a side lacks the key."""
     names = ascending(references, "The job table's sorted key list")
-    found = ascending(objects, "The bucket's listing")
+    found = ascending(objects, LISTING)
     reference, item = next(names, None), next(found, None)
     while reference is not None or item is not None:
         if item is None or (reference is not None and reference.key < item.key):
@@ -634,13 +646,20 @@ class JobTable:
             f"SELECT SQL_BIG_RESULT {name} AS name, MIN({EXPIRED_SQL}), COUNT(*) "
             f"FROM {self._sql_name} GROUP BY name ORDER BY name"
         )
+        return self._stream(sql, cutoff)
+
+    def _stream(self, sql: str, cutoff: datetime) -> Iterator[Any]:
+        """The rows as the server sends them."""
         with database_errors(f"Cannot read {self.name}"):
-            # Not closed on an error: that would read the rest. The connection is closed instead.
-            cursor = self._connection.cursor(SSCursor)
-            cursor.execute(sql, {"cutoff": sql_time(cutoff)})
-            while rows := cursor.fetchmany(1000):
-                yield from rows
-            cursor.close()
+            cursor: Any = self._connection.cursor(SSCursor)
+            try:
+                cursor.execute(sql, {"cutoff": sql_time(cutoff)})
+                while rows := cursor.fetchmany(1000):
+                    yield from rows
+            finally:
+                # PyMySQL would first read all that is left. The connection is closed instead.
+                if cursor._result is not None:
+                    cursor._result.unbuffered_active = False
 
     def lock(self, bucket: str, prefix: str) -> None:
         """Take the lock on bucket, prefix and table until the connection ends.
@@ -692,16 +711,11 @@ class JobTable:
     def expired_rows(self, cutoff: datetime) -> Iterator[tuple[bytes, str]]:
         """(`sourceData` in UTF-8, `jobId`) of each expired job, in byte order of the former."""
         name = text_bytes("`sourceData`")
-        with database_errors(f"Cannot read {self.name}"):
-            cursor = self._connection.cursor(SSCursor)
-            cursor.execute(
-                f"SELECT {name} AS name, `jobId` FROM {self._sql_name} WHERE {EXPIRED_SQL} "
-                f"AND {name} <> '' ORDER BY name",
-                {"cutoff": sql_time(cutoff)},
-            )
-            while rows := cursor.fetchmany(1000):
-                yield from rows
-            cursor.close()
+        sql = (
+            f"SELECT {name} AS name, `jobId` FROM {self._sql_name} "
+            f"WHERE {EXPIRED_SQL} AND {name} <> '' ORDER BY name"
+        )
+        return self._stream(sql, cutoff)
 
     def delete(self, rows: list[JobRow], cutoff: datetime) -> int:
         """Delete these jobs, if they are as they were read and still expired; how many were."""
@@ -782,6 +796,15 @@ class Page(NamedTuple):
     token: str | None
 
 
+class Leap(NamedTuple):
+    """What one seek of the leapfrog told."""
+
+    found: list[S3Object]
+    settled: int  # of the keys asked for: found, or known to be missing
+    passed: int  # objects listed, up to the last key asked for
+    last: str  # key listed
+
+
 class Verdict(NamedTuple):
     """What S3 said of one key: deleted if `code` is None, or why not."""
 
@@ -803,6 +826,7 @@ class Bucket:
         self, session: boto3.Session, name: str, prefix: str, workers: int, requests: Requests
     ) -> None:
         self.name, self.prefix, self._requests = name, prefix, requests
+        self._workers = workers
         self._counting = threading.Lock()
         self._read = self._client(session, workers, attempts=5)
         # A delete is not repeated by botocore: each try needs a new re-check of its own.
@@ -834,14 +858,21 @@ class Bucket:
         lead = parsedate_to_datetime(date) - datetime.now(UTC)
         return answer.get("Status", "off").lower(), lead
 
-    def page(self, **where: Any) -> Page:
-        """Up to 1,000 objects after `StartAfter` or a `ContinuationToken`."""
+    def page(self, after: str = "", limit: int = PAGE, token: str | None = None) -> Page:
+        """Up to `limit` objects after the key `after`, or where a page's `token` continues it."""
+        where: Any = {"ContinuationToken": token} if token else {"StartAfter": after}
         with bucket_errors(f"Cannot list bucket {self.name}"):
-            answer: Any = self._read.list_objects_v2(Bucket=self.name, Prefix=self.prefix, **where)
+            answer: Any = self._read.list_objects_v2(
+                Bucket=self.name, Prefix=self.prefix, MaxKeys=limit, **where
+            )
         with self._counting:
             self._requests.list += 1
         page: Page = answer["Page"]
-        for item in page.objects:
+        keys = [after] * bool(after) + [item.key for item in page.objects]
+        for last, key in pairwise(keys):
+            if key <= last:
+                raise out_of_order(LISTING, key, last)
+        for item in page.objects[:1] + page.objects[-1:]:  # in order, so all between as well
             if not item.key.startswith(self.prefix):
                 raise BucketError(
                     f"The listing of {self.name} gave {printable(item.key)}, which does not start "
@@ -851,28 +882,68 @@ class Bucket:
         return page
 
     def all(self) -> Iterator[S3Object]:
-        """Every object below the prefix, in key order."""
+        """Every object below the prefix, in key order; a page is read while the next is fetched."""
         page = self.page()
+        with ThreadPoolExecutor(1) as ahead:
+            while page.token is not None:
+                next_page = ahead.submit(self.page, token=page.token)
+                yield from page.objects
+                page = next_page.result()
         yield from page.objects
-        while page.token is not None:
-            page = self.page(ContinuationToken=page.token)
-            yield from page.objects
 
     def find(self, keys: Iterable[str]) -> Iterator[S3Object]:
-        """Those of the ascending `keys` that exist, leapfrogging over what lies between."""
-        wanted = iter(keys)
-        key, last = next(wanted, None), ""
-        while key is not None:
-            page = self.page(StartAfter=max(last, just_before(key)))
-            for item in page.objects:
-                while key is not None and key < item.key:
-                    key = next(wanted, None)
-                if key == item.key:
-                    yield item
-                    key = next(wanted, None)
-            if page.token is None:
-                return
-            last = page.objects[-1].key
+        """Those of the ascending `keys` that exist, leapfrogging over what lies between.
+
+        No more requests than keys, however large the bucket is, and where wanted keys lie densely
+        about as many as it has pages. Slices of the keys are sought at the same time, in workers.
+        """
+        wanted, density = iter(keys), PAGE  # wanted keys in a page, as last measured
+        sought: deque[Future[tuple[list[S3Object], int]]] = deque()
+        pool = ThreadPoolExecutor(self._workers)
+        try:
+            first = list(islice(wanted, PAGE))
+            if first:
+                leap = self._leap(first, "", PAGE)
+                yield from leap.found
+                wanted = chain(first[leap.settled :], wanted)
+                density = dense(leap.settled, leap.passed)
+            while True:
+                size = max(density - density // 20, SEEKS)
+                while len(sought) <= self._workers and (slice_ := list(islice(wanted, size))):
+                    sought.append(pool.submit(self._find_slice, slice_, density))
+                if not sought:
+                    return
+                found, density = sought.popleft().result()
+                yield from found
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _find_slice(self, keys: list[str], density: int) -> tuple[list[S3Object], int]:
+        """Those of a slice's keys that exist, and the density last measured on the way."""
+        found: list[S3Object] = []
+        after, settled, passed, requests = "", 0, 0, 0
+        while keys:
+            span = len(keys) * PAGE // max(density, 1)  # objects that the keys left may lie among
+            limit = SEEK if density < SPARSE else min(PAGE, span + SEEK)
+            leap = self._leap(keys, after, limit)
+            found += leap.found
+            keys = keys[leap.settled :]
+            # Nothing settled: more objects than `limit` lie between just_before(key) and the key.
+            after = "" if leap.settled else leap.last
+            settled, passed, requests = settled + leap.settled, passed + leap.passed, requests + 1
+            # A request settles the key that it seeks anyway; what came with it tells the density.
+            density = dense(settled - requests, passed - requests)
+        return found, density
+
+    def _leap(self, keys: list[str], after: str, limit: int) -> Leap:
+        """One request from the first of `keys`, or from `after` if that is further."""
+        page = self.page(max(after, just_before(keys[0])), limit)
+        listed = {item.key: item for item in page.objects}
+        last = page.objects[-1].key if page.token is not None else keys[-1]
+        settled = bisect_right(keys, last)
+        found = [listed[key] for key in keys[:settled] if key in listed]
+        passed = len(listed) if settled < len(keys) else bisect_right(list(listed), keys[-1])
+        return Leap(found, settled, passed, last)
 
     def markers(self, key: str) -> dict[str, bool]:
         """The delete markers on a key: version id → whether it is the latest version."""
@@ -916,6 +987,11 @@ class Bucket:
         if status != 204:  # what DeleteObject answers (S3 API reference)
             return Verdict(item.key, "InvalidAnswer", f"HTTP status {status} instead of 204")
         return Verdict(item.key, marker=answer.get("VersionId"))
+
+
+def dense(wanted: int, objects: int) -> int:
+    """Wanted keys in 1,000 objects."""
+    return min(PAGE, max(wanted, 0) * PAGE // max(objects, 1))
 
 
 def named(item: Candidate) -> Any:
@@ -1178,6 +1254,43 @@ def in_words(tally: Tally) -> str:
     return f"{tally.objects} objects, {tally.bytes} bytes ({reasons})"
 
 
+def watched(items: Iterable[T], phase: str, total: int | None = None) -> Iterator[T]:
+    """The same items. Says on standard error how far they are, and how fast: with a progress bar on
+    a terminal, otherwise (a cron log) with a line a minute."""
+    started = told = time.monotonic()
+    with ExitStack() as stack:
+        bar = None
+        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
+            bar = stack.enter_context(progress_bar(phase, total))
+        count = shown = 0
+        for count, item in enumerate(items, 1):
+            yield item
+            if count % 100 and total != count:
+                continue
+            now = time.monotonic()
+            rate = count / max(now - started, 0.001)
+            if bar is not None:
+                bar.update(count - shown, f"{rate:,.0f}/s")
+                shown = count
+            elif now - told >= 60:
+                left = f" of {total:,}, {(total - count) / rate:,.0f} s left" if total else ""
+                log.info("%s: %s%s, %s/s", phase, f"{count:,}", left, f"{rate:,.0f}")
+                told = now
+
+
+def progress_bar(phase: str, total: int | None) -> ProgressBar[Any]:
+    """click's bar, with position, remaining time, and the rate that `update` is given."""
+    return click.progressbar(
+        repeat(None),
+        length=total,
+        label=phase,
+        show_pos=True,
+        item_show_func=lambda rate: rate,
+        file=sys.stderr,
+        update_min_steps=1,
+    )
+
+
 class Ledger:
     """Accounts for every key: in the report, in the audit log, failures also on standard error.
 
@@ -1304,23 +1417,38 @@ class StopSignals:
 
 
 class Pace:
-    """One pause for all: every request leaves through one thread, so it slows all workers alike."""
+    """When the next request may leave. All leave through one thread, so all workers ease off alike.
 
-    def __init__(self) -> None:
-        self._pause, self._until = 0.0, 0.0
+    `rate` is in objects per second, 0 for no limit: a token bucket that holds one batch. `clock` is
+    monotonic, in seconds.
+    """
+
+    def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._clock = rate, clock
+        self._filled = 0.0  # when the bucket is full again
+        self._pause = self._until = 0.0
+
+    @property
+    def delay(self) -> float:
+        """Seconds until the next request may leave."""
+        return max(0.0, self._filled - self._clock(), self._until - self._clock())
+
+    def sent(self, objects: int) -> None:
+        if self._rate:
+            self._filled = max(self._filled, self._clock()) + objects / self._rate
 
     def ease_off(self) -> None:
-        """After a retryable failure: pause before the next request, longer each time."""
-        self._pause = min(max(self._pause * 2, FIRST_PAUSE), LAST_PAUSE)
-        self._until = time.monotonic() + self._pause * random.uniform(0.5, 1)
+        """After a retryable failure: pause before the next request, longer each time.
+
+        Answers to requests that left before the pause do not make it longer.
+        """
+        if self._clock() >= self._until:
+            self._pause = min(max(self._pause * 2, FIRST_PAUSE), LAST_PAUSE)
+            self._until = self._clock() + self._pause * random.uniform(0.5, 1)
 
     def recover(self) -> None:
         """After a success."""
         self._pause /= 2
-
-    def wait(self, stop: threading.Event) -> None:
-        """Until the pause is over, or the run is to stop."""
-        stop.wait(max(0.0, self._until - time.monotonic()))
 
 
 @dataclass
@@ -1349,12 +1477,12 @@ class Execution:
         bucket: Bucket,
         ledger: Ledger,
         stop: StopSignals,
-        workers: int,
+        options: Options,
         in_use: Callable[[list[Candidate]], set[str]],
     ) -> None:
         self._bucket, self._ledger, self._stop = bucket, ledger, stop
-        self._workers, self._in_use = workers, in_use
-        self._pace = Pace()
+        self._workers, self._in_use = options.workers, in_use
+        self._pace = Pace(options.max_rate)
         self._in_flight: dict[Future[None], Batch] = {}
         self._retries: deque[Batch] = deque()
         self._checked: deque[Batch] = deque()  # free to be sent
@@ -1373,6 +1501,7 @@ class Execution:
                     self._ledger.intend(self._checked[0].candidates)
                     batch = self._checked.popleft()
                     self._in_flight[pool.submit(self._send, batch)] = batch
+                    self._pace.sent(len(batch.candidates))
             finally:
                 self._finish(source)
 
@@ -1381,7 +1510,7 @@ class Execution:
         while True:
             while len(self._in_flight) >= self._workers:
                 self._settle(FIRST_COMPLETED)
-            self._pace.wait(self._stop.event)
+            self._stop.event.wait(self._pace.delay)
             self._stop.check()
             self._drop_stale()
             if self._checked:
@@ -1661,8 +1790,10 @@ class Options:
     dry_run: bool
     max_objects: int | None
     max_percent: float
+    max_rate: int
     workers: int
     audit_log: Path | None
+    manifest: Path | None
     json: bool
     verbose: bool
     quiet: bool
@@ -1805,15 +1936,26 @@ def option(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Call
     "of remaining jobs; with --orphans also of the objects listed.",
 )
 @option(
+    "--max-rate",
+    type=click.IntRange(0),
+    default=3000,
+    help="Objects deleted per second at most, 0 = no limit.",
+)
+@option(
     "--workers",
     type=click.IntRange(1, 64),
     default=8,
-    help="Concurrent DeleteObjects requests.",
+    help="Concurrent requests to S3.",
 )
 @option(
     "--audit-log",
     type=click.Path(path_type=Path),
     help="Append what is deleted to this file, as JSON Lines; a dry run writes nothing.",
+)
+@option(
+    "--manifest",
+    type=click.Path(path_type=Path),
+    help="Write the plan to this file, as an S3 Batch Operations CSV manifest.",
 )
 @option("--json", is_flag=True, help="Print the summary as one JSON object.")
 @option("-v", "--verbose", is_flag=True, help="Log more, and show tracebacks.")
@@ -1919,10 +2061,13 @@ def purge(options: Options, ledger: Ledger) -> None:
             show_plan(candidates, options)
         if reasons:
             raise Refused(f"Refused, nothing was deleted: {'; '.join(reasons)}.")
+        if options.manifest is not None:
+            write_manifest(candidates, options.bucket, options.manifest)
         if live is not None:
             stop.defer()
             in_use = InUse(live, policy.cutoff, options.prefix)
-            Execution(bucket, ledger, stop, options.workers, in_use).run(candidates)
+            execution = Execution(bucket, ledger, stop, options, in_use)
+            execution.run(watched(candidates, "deleting", candidates.count))
             if options.delete_jobs:
                 delete_jobs(bucket, live, names, policy.cutoff, report, stop)
 
@@ -1938,7 +2083,8 @@ def read_table(
         policy = options.policy(now)
         report.cutoff = policy.cutoff
         log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
-        names = Spool(references(jobs.names(policy.cutoff), options.prefix))
+        rows = watched(jobs.names(policy.cutoff), "reading references")
+        names = Spool(references(rows, options.prefix))
     return names, policy, list(clock_refusals(host, now, s3_lead))
 
 
@@ -1962,7 +2108,7 @@ def undo(options: Options, ledger: Ledger) -> None:
             show_plan(candidates, options)
         else:
             stop.defer()
-            Execution(bucket, ledger, stop, options.workers, lambda _: set()).run(candidates)
+            Execution(bucket, ledger, stop, options, lambda _: set()).run(candidates)
 
 
 def make_plan(
@@ -1972,7 +2118,8 @@ def make_plan(
     log.info("%d distinct keys in the job table; listing s3://%s", names.count, bucket.name)
     expired = (reference.key for reference in names if reference.expired)
     objects = bucket.find(expired) if policy.orphans_before is None else bucket.all()
-    candidates = Spool(plan(outer_join(names, objects), policy, report.totals))
+    references = watched(names, "listing", names.count)
+    candidates = Spool(plan(outer_join(references, objects), policy, report.totals))
     report.plan_complete = True
     log.info("planned: %s", in_words(report.totals.planned))
     return candidates
@@ -1989,6 +2136,20 @@ def show_plan(candidates: Iterable[Candidate], options: Options) -> None:
                 for item in chunk
             )
         )
+
+
+def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> None:
+    """Write the plan as S3 Batch Operations reads it: `bucket,url-encoded-key` on each line.
+
+    Under another name first: the file is there only when it is whole. Raises PurgeError.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w", encoding="ascii", newline="") as file:
+            file.writelines(f"{bucket},{quote(item.key)}\n" for item in candidates)
+        part.replace(path)
+    except OSError as error:
+        raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
 
 
 def aws_session(options: Options) -> boto3.Session:

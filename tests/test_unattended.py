@@ -609,8 +609,9 @@ def test_a_signal_lets_what_is_in_flight_finish(world, proxy, tmp_path, signum, 
 def test_a_signal_while_planning_ends_the_run_with_nothing_deleted(world, proxy, signum, code):
     process, release = held_run(world, proxy, "list")
     process.send_signal(signum)
-    out, _ = process.communicate(timeout=20)
+    time.sleep(0.3)
     release.set()
+    out, _ = process.communicate(timeout=20)
     assert process.returncode == code == json.loads(out)["exit_code"]
     assert len(world.box.live_keys()) == 48
 
