@@ -105,6 +105,7 @@ def mariadb(home: Path, *options: str) -> Iterator[MariaDB]:
     command = ["setpriv", "--reuid=mysql", "--regid=mysql", "--clear-groups", "--pdeathsig=TERM"]
     command += ["mariadbd", "--no-defaults", f"--datadir={data}", f"--socket={home / 'socket'}"]
     command += ["--bind-address=127.0.0.1", f"--port={port}", "--skip-name-resolve"]
+    command += [f"--tmpdir={home}"]  # a starting server clears the temporary tables in its own
     command += ["--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0", *options]
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

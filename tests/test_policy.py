@@ -116,9 +116,10 @@ def test_a_printed_key_is_one_line_and_unmistakable(key):
 
 
 def test_a_spool_gives_back_what_it_was_filled_with_to_several_readers_at_once():
-    spool = rp.Spool(range(2500))
+    records = [rp.Reference(f"{n:05}", n % 2 == 0) for n in range(2500)]
+    spool = rp.Spool(rp.Reference, iter(records))
     first, second = iter(spool), iter(spool)
-    assert [next(first) for _ in range(1500)] == list(range(1500))
-    assert list(second) == list(range(2500))
-    assert list(first) == list(range(1500, 2500))
+    assert [next(first) for _ in range(1500)] == records[:1500]
+    assert list(second) == records
+    assert list(first) == records[1500:]
     assert spool.count == 2500

@@ -30,7 +30,8 @@ class ListedBucket(rp.Bucket):
     """The leapfrog over a sorted list of keys instead of S3's listing."""
 
     def __init__(self, keys: list[str], workers: int = 3) -> None:
-        self.keys, self._workers, self.prefix = sorted(keys), workers, ""
+        self.keys, self.prefix = sorted(keys), ""
+        self._workers, self._seekers = workers, workers * 4
         self.asked: list[int] = []
 
     def page(self, after: str = "", limit: int = rp.PAGE, token: str | None = None) -> rp.Page:
