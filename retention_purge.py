@@ -52,6 +52,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from functools import partial
 from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from types import FrameType
@@ -103,7 +104,7 @@ CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT = 10, 3600, 40
 MAX_RECHECK_AGE = 50
 # Seconds a batch: a re-check dearer than this serves several batches at once, up to MAX_CHUNK and
 # to CHUNK_BYTES of SQL (the smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
-DEAR_RECHECK, MAX_CHUNK, CHUNK_BYTES = 0.25, 32, 2_000_000
+DEAR_RECHECK, MAX_CHUNK, CHUNK_BYTES = 0.1, 32, 2_000_000
 # Job rows deleted in one statement, which is one transaction.
 ROWS_A_COMMIT = 200
 # A key that S3 cannot delete just now is tried this often, each time after a new re-check.
@@ -363,7 +364,7 @@ def refusals(totals: Totals, limits: Limits) -> Iterator[str]:
     if limits.orphans:
         shares.append((totals.listed, "objects in the listing"))
     for whole, name in shares:
-        if planned > whole * limits.max_percent / 100:
+        if not planned <= whole * limits.max_percent / 100:  # so that NaN refuses
             yield (
                 f"{planned} of {whole} {name} would be deleted ({100 * planned / whole:.1f} %), "
                 f"more than --max-percent {limits.max_percent:g}"
@@ -489,16 +490,13 @@ def connect(server: Server, read_timeout: int) -> Connection:
     tls = tls_settings(server, needed=password is None or not is_loopback(server.host))
     secret = server.token() if password is None else password
     with database_errors(f"Cannot log in to {server.host}:{server.port} as {server.user}"):
-        return pymysql.connect(
+        connection = pymysql.connect(
             host=server.host,
             port=server.port,
             user=server.user,
             password=secret.encode(),
             database=server.database,
             charset="utf8mb4",
-            # TIMESTAMP columns are converted to the session's time zone: make it UTC. The
-            # connection that holds the lock is idle while the bucket is listed: allow it a day.
-            init_command="SET time_zone = '+00:00', wait_timeout = 86400",
             # Every read sees the table as it is now, not as an open transaction first saw it.
             autocommit=True,
             connect_timeout=CONNECT_TIMEOUT,
@@ -506,6 +504,22 @@ def connect(server: Server, read_timeout: int) -> Connection:
             write_timeout=RECHECK_TIMEOUT,
             **tls,
         )
+    with database_errors("Cannot set up the database session"), connection.cursor() as cursor:
+        for statement in SESSION:
+            cursor.execute(statement)
+    return connection
+
+
+# What the server's own settings must not decide.
+SESSION = (
+    # TIMESTAMP columns are converted to the session's time zone. A row limit would cut the
+    # references short without a word; some SQL modes change what a string is. The connection that
+    # holds the lock is idle while the bucket is listed: allow it a day.
+    "SET time_zone = '+00:00', sql_select_limit = 18446744073709551615, sql_mode = '', "
+    "wait_timeout = 86400",
+    # Rows deleted by a transaction that may yet be rolled back are still there.
+    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+)
 
 
 def tls_settings(server: Server, needed: bool) -> dict[str, Any]:
@@ -587,164 +601,50 @@ def text_bytes(column: str) -> str:
     return f"CAST(CONVERT({column} USING utf8mb4) AS BINARY)"
 
 
-# NULL `type` or `completedAt` make the AND NULL, and IS TRUE makes that 0: not expired.
-EXPIRED_SQL = (
-    f"({text_bytes('`type`')} = 'TRIAL' AND `completedAt` >= '{FIRST_TIMESTAMP}' "
-    "AND `completedAt` < %(cutoff)s) IS TRUE"
-)
+NAME = text_bytes("`sourceData`")
 
 
-class JobTable:
-    """The job table over one connection. Only `delete` writes.
+def expired_sql(cutoff: datetime) -> str:
+    """SQL for "this job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0."""
+    moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+    return (
+        f"({text_bytes('`type`')} = 'TRIAL' AND `completedAt` >= '{FIRST_TIMESTAMP}' "
+        f"AND `completedAt` < '{moment}') IS TRUE"
+    )
 
-    All methods raise DatabaseError.
+
+def query(
+    connection: Connection, doing: str, sql: str, arguments: Any = None
+) -> tuple[tuple[Any, ...], ...]:
+    """The rows of a statement, all at once. Raises DatabaseError."""
+    with database_errors(doing), connection.cursor() as cursor:
+        cursor.execute(sql, arguments)
+        return cursor.fetchall()
+
+
+def database_now(connection: Connection) -> datetime:
+    """The database's clock, aware UTC."""
+    ((now,),) = query(connection, "Cannot ask the database's clock", "SELECT UTC_TIMESTAMP(6)")
+    assert isinstance(now, datetime)
+    return now.replace(tzinfo=UTC)
+
+
+def take_lock(connection: Connection, bucket: str, prefix: str, table: str) -> None:
+    """Lock bucket, prefix and table against other runs, until the connection ends.
+
+    Raises Locked if another run has the lock, Refused on a read replica: the lock would not be the
+    primary's, and a re-check would see the table as it was some time ago.
     """
-
-    def __init__(self, connection: Connection, schema: str, table: str) -> None:
-        self._connection = connection
-        self.name = f"{schema}.{table}"
-        self._place = (schema, table)
-        self._sql_name = f"{quoted(schema)}.{quoted(table)}"
-        self._charset, self._collation = self._describe()
-
-    def _query(self, doing: str, sql: str, arguments: Any = None) -> tuple[tuple[Any, ...], ...]:
-        with database_errors(f"{doing} {self.name}"), self._connection.cursor() as cursor:
-            cursor.execute(sql, arguments)
-            return cursor.fetchall()
-
-    def _describe(self) -> tuple[str, str]:
-        """Character set and collation of `sourceData`, after a look that all columns are there."""
-        rows = self._query(
-            "Cannot describe",
-            "SELECT COLUMN_NAME, CHARACTER_SET_NAME, COLLATION_NAME FROM information_schema.COLUMNS"
-            " WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s",
-            self._place,
-        )
-        columns = {name.lower(): (charset, collation) for name, charset, collation in rows}
-        if not columns:
-            raise DatabaseError(
-                f"There is no table {self.name}, or this user may not read it: "
-                "check --db-name and --db-table, and grant SELECT on it."
-            )
-        for name in ("jobId", "completedAt", "type", "sourceData"):
-            if name.lower() not in columns:
-                raise DatabaseError(f"{self.name} has no column {name}: is it the job table?")
-        charset, collation = columns["sourcedata"]
-        if charset is None or charset == "binary":
-            raise DatabaseError(f"{self.name}.sourceData must be a text column to name S3 keys.")
-        return charset, collation
-
-    def now(self) -> datetime:
-        """The database's clock, aware UTC."""
-        ((now,),) = self._query("Cannot ask the clock of", "SELECT UTC_TIMESTAMP(6)")
-        assert isinstance(now, datetime)
-        return now.replace(tzinfo=UTC)
-
-    def names(self, cutoff: datetime) -> Iterator[tuple[bytes | None, int]]:
-        """Each distinct `sourceData` in byte order: its UTF-8 bytes, and the number of its jobs,
-        negative if one of them remains.
-
-        SQL_BIG_RESULT makes the server sort instead of filling a temporary table keyed by the
-        group, five times faster on millions of rows, under any collation and with or without an
-        index. Read it at once: a client that stops reading is cut off after net_write_timeout
-        (60 s), and an open read keeps a snapshot alive.
-        """
-        name = text_bytes("`sourceData`")
-        return self._stream(
-            f"SELECT SQL_BIG_RESULT {name} AS name, IF(MIN({EXPIRED_SQL}), COUNT(*), -COUNT(*)) "
-            f"FROM {self._sql_name} GROUP BY name ORDER BY name",
-            cutoff,
-        )
-
-    def _stream(self, sql: str, cutoff: datetime) -> Iterator[Any]:
-        """The rows as the server sends them."""
-        with database_errors(f"Cannot read {self.name}"):
-            cursor: Any = self._connection.cursor(SSCursor)
-            try:
-                cursor.execute(sql, {"cutoff": sql_time(cutoff)})
-                while rows := cursor.fetchmany(1000):
-                    yield from rows
-            finally:
-                # PyMySQL would first read all that is left. The connection is closed instead.
-                if cursor._result is not None:
-                    cursor._result.unbuffered_active = False
-
-    def lock(self, bucket: str, prefix: str) -> None:
-        """Take the lock on bucket, prefix and table until the connection ends.
-
-        Raises Locked if another run has it.
-        """
-        subject = json.dumps([bucket, prefix, self.name]).encode()
-        name = f"retention_purge:{hashlib.sha256(subject).hexdigest()[:40]}"  # of 64 at most
-        ((got,),) = self._query("Cannot take the lock on", "SELECT GET_LOCK(%s, 0)", (name,))
-        if got is None:
-            raise DatabaseError(f"GET_LOCK on {self.name} failed; see the server's error log.")
-        if not got:
-            raise Locked("Another run works on the same bucket, prefix and table; try again later.")
-
-    def is_indexed(self) -> bool:
-        """Whether an index leads with `sourceData`."""
-        rows = self._query(
-            "Cannot read the indexes of",
-            "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = %s "
-            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 LIMIT 1",
-            self._place,
-        )
-        return bool(rows)
-
-    def referenced(self, names: list[str], cutoff: datetime) -> tuple[set[str], set[str]]:
-        """Which of `names` a remaining job refers to at this moment, and which any job does.
-
-        The search finds a superset under any collation, through an index if there is one; the
-        bytes are compared here. A name that the column's character set cannot spell becomes
-        another in the conversion, which is right: no row can hold it.
-        """
-        name = text_bytes("`sourceData`")
-        if self._charset in ROUND_TRIP_CHARSETS:
-            column = "`sourceData`"
-            term = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
-        else:
-            column, term = name, "CAST(%s AS BINARY)"
-        escaped = self._connection.escape
-        terms = ",".join(term % escaped(text) for text in names)
-        low, high = (f"CAST({escaped(text)} AS BINARY)" for text in (min(names), max(names)))
-        rows = self._query(
-            "Cannot re-check references in",
-            f"SELECT DISTINCT {name}, {EXPIRED_SQL % {'cutoff': quoted_time(cutoff)}} "
-            # The range spares a scan most of the comparisons; an index serves the list.
-            f"FROM {self._sql_name} "
-            f"WHERE {name} BETWEEN {low} AND {high} AND {column} IN ({terms})",
-        )
-        asked = {text.encode(): text for text in names}
-        by_any = {asked[found] for found, _ in rows if found in asked}
-        remaining = {asked[found] for found, expired in rows if found in asked and not expired}
-        return remaining, by_any
-
-    def expired_rows(self, cutoff: datetime) -> Iterator[tuple[bytes, str]]:
-        """(`sourceData` in UTF-8, `jobId`) of each expired job, in byte order of the former."""
-        name = text_bytes("`sourceData`")
-        sql = (
-            f"SELECT {name} AS name, `jobId` FROM {self._sql_name} "
-            f"WHERE {EXPIRED_SQL} AND {name} <> '' ORDER BY name"
-        )
-        return self._stream(sql, cutoff)
-
-    def delete(self, rows: list[JobRow], cutoff: datetime) -> int:
-        """Delete these jobs, if they are as they were read and still expired; how many were."""
-        names = [(row.job_id, row.name) for row in rows]
-        pair = f"({text_bytes('`jobId`')}, {text_bytes('`sourceData`')})"
-        sql = (
-            f"DELETE FROM {self._sql_name} WHERE `jobId` IN %(ids)s AND {EXPIRED_SQL} "
-            f"AND {pair} IN %(names)s"
-        )
-        arguments = {
-            "ids": [row.job_id for row in rows],
-            "names": names,
-            "cutoff": sql_time(cutoff),
-        }
-        doing = f"Cannot delete from {self.name}"
-        with database_errors(doing), self._connection.cursor() as cursor:
-            return cursor.execute(sql, arguments)
+    doing = f"Cannot take the lock on {table}"
+    if any(query(connection, doing, "SELECT @@global.read_only, @@innodb_read_only")[0]):
+        raise Refused("The database is read-only, so it may be a replica: give the primary's host.")
+    subject = json.dumps([bucket, prefix, table]).encode()
+    name = f"retention_purge:{hashlib.sha256(subject).hexdigest()[:40]}"  # 64 characters at most
+    ((got,),) = query(connection, doing, "SELECT GET_LOCK(%s, 0)", (name,))
+    if got is None:
+        raise DatabaseError(f"{doing}: GET_LOCK failed; see the server's error log.")
+    if not got:
+        raise Locked("Another run works on the same bucket, prefix and table; try again later.")
 
 
 class JobRow(NamedTuple):
@@ -755,17 +655,127 @@ class JobRow(NamedTuple):
     job_id: str
 
 
+class JobTable:
+    """The job table over one connection, with `cutoff` deciding which jobs are expired.
+
+    Only `delete` writes. All methods raise DatabaseError.
+    """
+
+    def __init__(self, connection: Connection, place: tuple[str, str], cutoff: datetime) -> None:
+        self._connection, self._place = connection, place
+        self.name = ".".join(place)
+        self._from = f"FROM {'.'.join(map(quoted, place))}"
+        self._expired = expired_sql(cutoff)
+        self._charset, self._collation = self._describe()
+
+    def _describe(self) -> tuple[str, str]:
+        """Character set and collation of `sourceData`, after a look at all columns."""
+        rows = query(
+            self._connection,
+            f"Cannot describe {self.name}",
+            "SELECT COLUMN_NAME, DATA_TYPE, CHARACTER_SET_NAME, COLLATION_NAME "
+            "FROM information_schema.COLUMNS WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s",
+            self._place,
+        )
+        columns = {name.lower(): facts for name, *facts in rows}
+        if not columns:
+            raise DatabaseError(
+                f"There is no table {self.name}, or this user may not read it: "
+                "check --db-name and --db-table, and grant SELECT on it."
+            )
+        for name in ("jobId", "completedAt", "type", "sourceData"):
+            if name.lower() not in columns:
+                raise DatabaseError(f"{self.name} has no column {name}: is it the job table?")
+        if columns["completedat"][0].lower() not in ("timestamp", "datetime"):
+            raise DatabaseError(f"{self.name}.completedAt must be a TIMESTAMP or DATETIME column.")
+        _, charset, collation = columns["sourcedata"]
+        if charset is None or charset == "binary":
+            raise DatabaseError(f"{self.name}.sourceData must be a text column to name S3 keys.")
+        return charset, collation
+
+    def names(self) -> Iterator[tuple[bytes | None, int]]:
+        """Each distinct `sourceData` in byte order: its UTF-8 bytes, and the number of its jobs,
+        negative if one of them remains.
+
+        SQL_BIG_RESULT makes the server sort instead of filling a temporary table keyed by the
+        group, five times faster on millions of rows, under any collation and with or without an
+        index. Read it at once: a client that stops reading is cut off after net_write_timeout
+        (60 s), and an open read keeps a snapshot alive.
+        """
+        return self._stream(
+            f"SELECT SQL_BIG_RESULT {NAME}, IF(MIN({self._expired}), COUNT(*), -COUNT(*)) "
+            f"{self._from} GROUP BY 1 ORDER BY 1"
+        )
+
+    def expired_rows(self) -> Iterator[tuple[bytes, str]]:
+        """(`sourceData` in UTF-8, `jobId`) of each expired job, in byte order of the former."""
+        return self._stream(f"SELECT {NAME}, `jobId` {self._from} WHERE {self._expired} ORDER BY 1")
+
+    def _stream(self, sql: str) -> Iterator[Any]:
+        """The rows as the server sends them."""
+        with database_errors(f"Cannot read {self.name}"):
+            cursor: Any = self._connection.cursor(SSCursor)
+            try:
+                cursor.execute(sql)
+                while rows := cursor.fetchmany(1000):
+                    yield from rows
+            finally:
+                # PyMySQL would first read all that is left. The connection is closed instead.
+                if cursor._result is not None:
+                    cursor._result.unbuffered_active = False
+
+    def is_indexed(self) -> bool:
+        """Whether an index leads with `sourceData`."""
+        rows = query(
+            self._connection,
+            f"Cannot read the indexes of {self.name}",
+            "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = %s "
+            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 LIMIT 1",
+            self._place,
+        )
+        return bool(rows)
+
+    def referenced(self, names: list[str]) -> tuple[set[str], set[str]]:
+        """Which of `names` a remaining job refers to at this moment, and which any job does.
+
+        The search finds a superset under any collation, through an index if there is one; the
+        bytes are compared here. A name that the column's character set cannot spell becomes
+        another in the conversion, which is right: no row can hold it.
+        """
+        if self._charset in ROUND_TRIP_CHARSETS:
+            column = "`sourceData`"
+            term = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
+        else:
+            column, term = NAME, "CAST(%s AS BINARY)"
+        escaped = self._connection.escape
+        terms = ",".join(term % escaped(text) for text in names)
+        low, high = (f"CAST({escaped(text)} AS BINARY)" for text in (min(names), max(names)))
+        rows = query(
+            self._connection,
+            f"Cannot re-check references in {self.name}",
+            # The range spares a scan most of the comparisons; an index serves the list.
+            f"SELECT DISTINCT {NAME}, {self._expired} {self._from} "
+            f"WHERE {NAME} BETWEEN {low} AND {high} AND {column} IN ({terms})",
+        )
+        asked = {text.encode(): text for text in names}
+        by_any = {asked[found] for found, _ in rows if found in asked}
+        remaining = {asked[found] for found, expired in rows if found in asked and not expired}
+        return remaining, by_any
+
+    def delete(self, rows: list[JobRow]) -> int:
+        """Delete these jobs, if they are as they were read and still expired; how many were."""
+        escaped = self._connection.escape
+        ids = ",".join(escaped(row.job_id) for row in rows)
+        pairs = ",".join(f"({escaped(row.job_id)},{escaped(row.name)})" for row in rows)
+        with database_errors(f"Cannot delete from {self.name}"):
+            return self._connection.cursor().execute(
+                f"DELETE {self._from} WHERE `jobId` IN ({ids}) AND {self._expired} "
+                f"AND ({text_bytes('`jobId`')}, {NAME}) IN ({pairs})"
+            )
+
+
 def quoted(identifier: str) -> str:
     return "`" + identifier.replace("`", "``") + "`"
-
-
-def sql_time(moment: datetime) -> str:
-    """A UTC moment as MySQL writes it, for a session in UTC."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
-
-
-def quoted_time(moment: datetime) -> str:
-    return f"'{sql_time(moment)}'"
 
 
 def as_text(name: bytes | None) -> str:
@@ -806,6 +816,7 @@ class Page(NamedTuple):
 
     objects: list[S3Object]
     token: str | None
+    bucket: str
 
 
 class Leap(NamedTuple):
@@ -888,11 +899,10 @@ class Bucket:
                 raise out_of_order(LISTING, key, last)
         for item in page.objects[:1] + page.objects[-1:]:  # in order, so all between as well
             if not item.key.startswith(self.prefix):
-                raise BucketError(
-                    f"The listing of {self.name} gave {printable(item.key)}, which does not start "
-                    f"with the prefix {printable(self.prefix)}. Nothing was deleted.",
-                    "InvalidAnswer",
-                )
+                raise foreign_listing(self.name, f"the key {printable(item.key)}")
+        # An access point's ARN or alias is answered with another name.
+        if page.bucket != self.name and re.fullmatch(r"(?!.*-s3alias$)[a-z0-9.-]+", self.name):
+            raise foreign_listing(self.name, f"the bucket's name {printable(page.bucket)}")
         return page
 
     def all(self) -> Iterator[S3Object]:
@@ -985,9 +995,10 @@ class Bucket:
             answer: Any = self._write.delete_objects(
                 Bucket=self.name, Delete={"Objects": [named(item) for item in candidates]}
             )
+        undo = candidates[0].version_id is not None
         verdicts: dict[tuple[str, str | None], Verdict] = {}
         for verdict in answer["Verdicts"]:
-            verdicts[verdict.key, verdict.version_id] = verdict
+            verdicts[verdict.key, verdict.version_id if undo else None] = verdict
         silent = "S3's answer does not mention the key"
         return [
             verdicts.get((item.key, item.version_id)) or Verdict(item.key, "NoAnswer", silent)
@@ -1003,6 +1014,11 @@ class Bucket:
         if status != 204:  # what DeleteObject answers (S3 API reference)
             return Verdict(item.key, "InvalidAnswer", f"HTTP status {status} instead of 204")
         return Verdict(item.key, marker=answer.get("VersionId"))
+
+
+def foreign_listing(bucket: str, what: str) -> BucketError:
+    message = f"The listing of {bucket} gave {what}, which was not asked for. Nothing was deleted."
+    return BucketError(message, "InvalidAnswer")
 
 
 def dense(wanted: int, objects: int) -> int:
@@ -1067,7 +1083,7 @@ class InvalidAnswer(Exception):
 def answer_reader(
     root_tag: str, result: str | None, parse: Callable[[ElementTree.Element, str], Any]
 ) -> Callable[..., None]:
-    """A `before-parse` handler: checks the body of a 200, parses it, and spares botocore the work.
+    """A `before-parse` handler: checks a body, parses it, and spares botocore the work.
 
     A body that is not what S3 documents becomes a 500 with code InvalidAnswer, which is retried.
     """
@@ -1075,7 +1091,7 @@ def answer_reader(
     def read(
         response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any
     ) -> None:
-        if response_dict["status_code"] != 200:
+        if response_dict["status_code"] >= 300:
             return
         try:
             root = ElementTree.fromstring(response_dict["body"])
@@ -1117,16 +1133,23 @@ def parse_listing(root: ElementTree.Element, ns: str) -> Page:
     if not len(keys) == len(sizes) == len(dates) == count:
         raise InvalidAnswer("an object without key, size or date")
     if root.findtext(f"{ns}EncodingType") == "url":
-        keys = [unquote_plus(key) if "%" in key or "+" in key else key for key in keys]
+        decode = partial(unquote_plus, errors="strict")
+        keys = [decode(key) if "%" in key or "+" in key else key for key in keys]
     objects = list(map(S3Object, keys, map(int, sizes), map(datetime.fromisoformat, dates)))
     if int(required(root, f"{ns}KeyCount")) != len(objects):
         raise InvalidAnswer("KeyCount differs from the number of keys")
-    required(root, f"{ns}Name")
+    bucket = required(root, f"{ns}Name")
     if required(root, f"{ns}IsTruncated") == "false":
-        return Page(objects, None)
+        return Page(objects, None, bucket)
     if not objects:
         raise InvalidAnswer("truncated before the first key")
-    return Page(objects, required(root, f"{ns}NextContinuationToken"))
+    return Page(objects, required(root, f"{ns}NextContinuationToken"), bucket)
+
+
+def check_versions(root: ElementTree.Element, ns: str) -> None:
+    """Whether a ListVersionsResult is one; botocore reads it."""
+    required(root, f"{ns}Name")
+    required(root, f"{ns}IsTruncated")
 
 
 def parse_deletes(root: ElementTree.Element, ns: str) -> list[Verdict]:
@@ -1146,7 +1169,7 @@ def parse_deletes(root: ElementTree.Element, ns: str) -> list[Verdict]:
 ANSWERS = {
     "ListObjectsV2": answer_reader("ListBucketResult", "Page", parse_listing),
     "DeleteObjects": answer_reader("DeleteResult", "Verdicts", parse_deletes),
-    "ListObjectVersions": answer_reader("ListVersionsResult", None, lambda *_: None),
+    "ListObjectVersions": answer_reader("ListVersionsResult", None, check_versions),
     "GetBucketVersioning": answer_reader("Versioning", None, lambda *_: None),
 }
 
@@ -1238,7 +1261,7 @@ class Report:
             "failed": self.failed,
             "missing": self.totals.missing,
             "jobs_deleted": self.jobs_deleted,
-            "recoverable": self.versioning == "enabled" and self.deleted.objects > 0,
+            "recoverable": self.mode == "purge" and self.versioning == "enabled",
             "requests": asdict(self.requests),
             "max_recheck_age_seconds": round(self.max_recheck_age, 3),
             "seconds": round(time.monotonic() - self.started, 3),
@@ -1383,7 +1406,8 @@ class Ledger:
     def failed(self, item: Candidate, verdict: Verdict) -> None:
         self.report.failed += 1
         if verdict.code != NOT_ATTEMPTED:
-            log.error("failed %s: %s: %s", printable(item.key), verdict.code, verdict.message)
+            reason = one_line(f"{verdict.code}: {verdict.message}")
+            log.error("failed %s: %s", printable(item.key), reason)
         detail = {"code": verdict.code, "message": verdict.message}
         self._write([self._key_event("failed", item, **detail)])
 
@@ -1455,6 +1479,12 @@ class StopSignals:
         if self._received is not None:
             raise Interrupted(self._received)
 
+    def between(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items, with a check before each."""
+        for item in items:
+            self.check()
+            yield item
+
 
 class Pace:
     """When the next request may leave. All leave through one thread, so all workers ease off alike.
@@ -1497,9 +1527,22 @@ class Batch:
 
     candidates: list[Candidate]
     tries: int = 0  # requests sent so far
-    verdicts: list[Verdict] = field(default_factory=list)  # of the last try, one a candidate
+    verdicts: dict[Candidate, Verdict] = field(default_factory=dict)  # of the last try
     checked: float = 0.0  # when its re-check began (monotonic seconds)
     age: float = 0.0  # seconds from then to its request
+
+
+def start_threads(pool: ThreadPoolExecutor, count: int) -> None:
+    """Start all threads of a pool now: a thread that cannot start must not fail a later `submit`,
+    which would have queued its task all the same."""
+    together = threading.Barrier(count + 1)
+    try:
+        for _ in range(count):
+            pool.submit(together.wait)
+    except RuntimeError as error:
+        together.abort()
+        raise PurgeError(f"Cannot start {count} threads ({error}): lower --workers.") from error
+    together.wait()
 
 
 class Execution:
@@ -1536,6 +1579,7 @@ class Execution:
         """
         source = map(Batch, batches(candidates))
         with ThreadPoolExecutor(self._workers) as pool:
+            start_threads(pool, self._workers)
             try:
                 while self._next_is_ready(source):
                     self._ledger.intend(self._checked[0].candidates)
@@ -1570,13 +1614,14 @@ class Execution:
 
     def _recheck(self, source: Iterator[Batch]) -> bool:
         """Ask which keys of the next batches are in use by now; False if no batch is left."""
-        chunk = self._take(source)
+        chunk: list[Batch] = []
         try:
-            for batch in chunk:
+            for batch in self._take(source):
+                chunk.append(batch)
                 self._find_lost_answers(batch)
             started = time.monotonic()
             used = self._in_use([item for batch in chunk for item in batch.candidates])
-        except PurgeError:
+        except BaseException:
             self._retries.extend(chunk)  # where `_finish` accounts for them
             raise
         cost = time.monotonic() - started
@@ -1585,7 +1630,7 @@ class Execution:
                 if item.key in used:
                     self._ledger.retained(item)
             batch.candidates = [item for item in batch.candidates if item.key not in used]
-            batch.verdicts, batch.checked = [], started
+            batch.checked = started
             if batch.candidates:
                 self._checked.append(batch)
         if cost > DEAR_RECHECK * len(chunk):
@@ -1594,17 +1639,15 @@ class Execution:
             self._chunk = max(1, self._chunk // 2)
         return bool(chunk)
 
-    def _take(self, source: Iterator[Batch]) -> list[Batch]:
+    def _take(self, source: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of the next re-check, retries first."""
-        chunk: list[Batch] = []
         size = 0
-        while len(chunk) < self._chunk and size < CHUNK_BYTES:
+        for _ in range(self._chunk):
             batch = self._retries.popleft() if self._retries else next(source, None)
-            if batch is None:
-                break
-            chunk.append(batch)
-            size += sum(len(item.key) + 64 for item in batch.candidates)
-        return chunk
+            if batch is None or size > CHUNK_BYTES:
+                return
+            yield batch
+            size += sum(len(item.key.encode()) + 64 for item in batch.candidates)
 
     def _find_lost_answers(self, batch: Batch) -> None:
         """In a versioned bucket, find out which keys an earlier try has deleted after all.
@@ -1613,26 +1656,26 @@ class Execution:
         """
         if not batch.tries or self._ledger.report.versioning != "enabled":
             return
-        left = []
+        gone: dict[Candidate, str] = {}
         for item in batch.candidates:
             markers = {} if item.version_id else self._bucket.markers(item.key)
-            latest = next((marker for marker, is_latest in markers.items() if is_latest), None)
-            if latest is None:
-                left.append(item)
-            else:
-                self._ledger.deleted(item, latest)
-        batch.candidates, batch.verdicts = left, []
+            gone.update((item, marker) for marker, is_latest in markers.items() if is_latest)
+        for item, marker in gone.items():
+            self._ledger.deleted(item, marker)
+        batch.candidates = [item for item in batch.candidates if item not in gone]
 
     def _send(self, batch: Batch) -> None:
         """In a worker: one request. Verdicts and age are left in the batch."""
         batch.tries += 1
         batch.age = time.monotonic() - batch.checked
         try:
-            batch.verdicts = self._bucket.delete(batch.candidates)
+            verdicts = self._bucket.delete(batch.candidates)
         except Exception as error:  # whatever it is, no key may go uncounted
             code = error.code if isinstance(error, BucketError) else type(error).__name__
-            batch.verdicts = [Verdict(item.key, code, str(error)) for item in batch.candidates]
+            verdicts = [Verdict(item.key, code, str(error)) for item in batch.candidates]
             raise
+        finally:
+            batch.verdicts = dict(zip(batch.candidates, verdicts, strict=True))
 
     def _settle(self, until: str) -> None:
         """Wait for requests in flight and account for every key of those that ended.
@@ -1651,15 +1694,15 @@ class Execution:
     def _account(self, batch: Batch) -> None:
         report = self._ledger.report
         report.max_recheck_age = max(report.max_recheck_age, batch.age)
-        again = Batch([], batch.tries)
-        for candidate, verdict in zip(batch.candidates, batch.verdicts, strict=True):
+        again = Batch([], batch.tries, batch.verdicts)
+        for item in batch.candidates:
+            verdict = batch.verdicts[item]
             if verdict.code is None:
-                self._ledger.deleted(candidate, verdict.marker)
+                self._ledger.deleted(item, verdict.marker)
             elif verdict.code in RETRYABLE and batch.tries < ATTEMPTS:
-                again.candidates.append(candidate)
-                again.verdicts.append(verdict)
+                again.candidates.append(item)
             else:
-                self._ledger.failed(candidate, verdict)
+                self._ledger.failed(item, verdict)
         if again.candidates:
             self._retries.append(again)
             self._pace.ease_off()
@@ -1668,14 +1711,15 @@ class Execution:
 
     def _finish(self, source: Iterable[Batch]) -> None:
         """Account for all that is left. After a run without errors that is nothing."""
-        with suppress(BucketError):  # the run stops already, for the first such error
+        with suppress(Exception):  # the run stops already, for the first error
             self._settle(ALL_COMPLETED)
         unsent = 0
         for batch in chain(self._retries, self._checked, source):
-            unsent += 0 if batch.verdicts else len(batch.candidates)
-            default = (Verdict(c.key, NOT_ATTEMPTED, "the run stopped") for c in batch.candidates)
-            for candidate, verdict in zip(batch.candidates, batch.verdicts or default, strict=True):
-                self._ledger.failed(candidate, verdict)
+            for item in batch.candidates:
+                default = Verdict(item.key, NOT_ATTEMPTED, "the run stopped")
+                verdict = batch.verdicts.get(item, default)
+                unsent += verdict is default
+                self._ledger.failed(item, verdict)
         if unsent:
             log.error("%d planned keys were not attempted; they count as failed", unsent)
 
@@ -1683,8 +1727,8 @@ class Execution:
 class InUse:
     """The re-check: which of some candidates must stay, because a job refers to them by now."""
 
-    def __init__(self, jobs: JobTable, cutoff: datetime, prefix: str) -> None:
-        self._jobs, self._cutoff, self._prefix = jobs, cutoff, prefix
+    def __init__(self, jobs: JobTable, prefix: str) -> None:
+        self._jobs, self._prefix = jobs, prefix
         self._advised = False
 
     def __call__(self, candidates: list[Candidate]) -> set[str]:
@@ -1694,7 +1738,7 @@ class InUse:
             return set()
         start, asked = len(self._prefix), time.monotonic()
         names = [item.key[start:] for item in candidates]
-        remaining, by_any = self._jobs.referenced(names, self._cutoff)
+        remaining, by_any = self._jobs.referenced(names)
         self._advise(time.monotonic() - asked)
         users = {Reason.EXPIRED: remaining, Reason.ORPHAN: by_any}
         return {item.key for item in candidates if item.key[start:] in users[item.reason]}
@@ -1708,10 +1752,10 @@ class InUse:
 
 
 def delete_jobs(
+    rows: Iterable[JobRow],
+    names: Spool[Reference],
     bucket: Bucket,
     jobs: JobTable,
-    names: Spool[Reference],
-    cutoff: datetime,
     report: Report,
     stop: StopSignals,
 ) -> None:
@@ -1719,17 +1763,22 @@ def delete_jobs(
 
     A new listing, made after the deletes, tells what is gone. The row of an object that is still
     there, as its delete failed or it was retained, stays: the next run decides anew. So does a row
-    that was not there when the plan was made. Raises PurgeError.
+    whose key the plan did not know. Raises PurgeError, and Interrupted between two statements.
     """
-    log.info("looking which expired job rows may go")
-    with closing(Spool(JobRow, expired_rows(jobs.expired_rows(cutoff), bucket.prefix))) as rows:
-        still_there = bucket.find(reference.key for reference in names if reference.expired)
-        for chunk in chunks(disposable(rows, outer_join(names, still_there)), ROWS_A_COMMIT):
-            stop.check()
-            shared = [row.name for row, gone in chunk if not gone]
-            remaining = jobs.referenced(shared, cutoff)[0] if shared else set()
-            free = [row for row, gone in chunk if gone or row.name in remaining]
-            report.jobs_deleted += jobs.delete(free, cutoff) if free else 0
+    still_there = bucket.find(stop.between(expired_keys(names)))
+    for chunk in chunks(disposable(rows, outer_join(names, still_there)), ROWS_A_COMMIT):
+        stop.check()
+        shared = [row.name for row, gone in chunk if not gone]
+        remaining = jobs.referenced(shared)[0] if shared else set()
+        free = [row for row, gone in chunk if gone or row.name in remaining]
+        report.jobs_deleted += jobs.delete(free) if free else 0
+
+
+def expired_keys(names: Iterable[Reference]) -> Iterator[str]:
+    """The keys to look for in the bucket; S3 cannot hold one that is too long."""
+    for reference in names:
+        if reference.expired and len(reference.key.encode()) <= KEY_BYTES:
+            yield reference.key
 
 
 def expired_rows(rows: Iterable[tuple[bytes, str]], prefix: str) -> Iterator[JobRow]:
@@ -1779,11 +1828,11 @@ def recorded_markers(path: Path, bucket: str) -> Iterator[Candidate]:
                         )
                 elif event["event"] == "deleted" and event.get("version_id", "null") != "null":
                     modified = datetime.fromisoformat(event["last_modified"])
-                    known = event["key"], event["size"], modified, Reason(event["reason"])
-                    yield Candidate(*known, event["version_id"])
+                    known = str(event["key"]), int(event["size"]), modified
+                    yield Candidate(*known, Reason(event["reason"]), str(event["version_id"]))
     except OSError as error:
         raise UsageError(f"Cannot read the audit log {path}: {error.strerror}.") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Refused(f"{path}, line {number}: not of an audit log of this tool.") from error
     if not starts:
         raise Refused(f"{path} is not an audit log of this tool: it has no start event.")
@@ -1794,7 +1843,7 @@ def plan_undo(
 ) -> Iterator[Candidate]:
     """Those markers that are still there. Anything else under such a version id is left alone."""
     with ThreadPoolExecutor(workers) as pool:
-        for chunk in chunks(recorded, PAGE):
+        for chunk in map(list, map(dict.fromkeys, chunks(recorded, PAGE))):
             found = pool.map(bucket.markers, [item.key for item in chunk])
             for item, markers in zip(chunk, found, strict=True):
                 if item.version_id in markers:
@@ -1870,13 +1919,14 @@ class Timestamp(click.ParamType[datetime]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> datetime:
-        if isinstance(value, datetime):
-            return value
         try:
             moment = datetime.fromisoformat(value)
-        except ValueError:
+            moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+        except (ValueError, OverflowError):
             self.fail(f"{value!r} is not ISO 8601, such as 2019-06-03T00:00:00Z.", param, ctx)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+        if moment.year < 1970:
+            self.fail(f"{value!r} is before 1970.", param, ctx)
+        return moment
 
 
 class BucketName(click.ParamType[str]):
@@ -2019,10 +2069,9 @@ def main(ctx: click.Context, /, **values: Any) -> None:
     gc.freeze()
     gc.set_threshold(20_000)
     options = Options(**values)
-    for param in ctx.command.params:
-        if not options.undo and param.name in NEEDED and values[param.name] is None:
-            raise click.MissingParameter(ctx=ctx, param=param)
+    check_usage(ctx, options)
     set_up_output(options)
+    stop = StopSignals()
     mode = "undo" if options.undo else "purge"
     report = Report(
         mode="dry-run" if options.dry_run else mode,
@@ -2031,16 +2080,45 @@ def main(ctx: click.Context, /, **values: Any) -> None:
         table="" if options.undo else ".".join(options.table),
     )
     ledger = Ledger(report)
-    report.error = outcome(lambda: (undo if options.undo else purge)(options, ledger))
-    log_error = outcome(ledger.end)
-    report.error = report.error or log_error
-    if options.json:
-        click.echo(json.dumps(report.as_dict()))
-    elif report.plan_complete:
-        click.echo(report.as_text())
+    report.error = outcome(lambda: (undo if options.undo else purge)(options, ledger, stop))
+    stop.defer()
+    for last in (ledger.end, lambda: show_summary(report, options)):
+        error = outcome(last)
+        report.error = report.error or error
     if report.error is not None:
-        report.error.show()
+        with suppress(OSError):
+            report.error.show()
     ctx.exit(report.exit_code)
+
+
+def check_usage(ctx: click.Context, options: Options) -> None:
+    """What click cannot check for a single option."""
+    for param in ctx.command.params:
+        if param.name in NEEDED and not options.undo and getattr(options, param.name) is None:
+            raise click.MissingParameter(ctx=ctx, param=param)
+        variable = f"RETENTION_PURGE_{str(param.name).upper()}"
+        if getattr(param, "is_flag", False) and os.environ.get(variable) == "":
+            raise click.UsageError(f"{variable} is empty: set it to 1 or 0, or unset it.", ctx)
+    files = [path.resolve() for path in (options.manifest, options.audit_log) if path]
+    if len(files) > len(set(files)):
+        raise click.UsageError("--manifest and --audit-log must be two files.", ctx)
+
+
+def show_summary(report: Report, options: Options) -> None:
+    if options.json:
+        show(json.dumps(report.as_dict()))
+    elif report.plan_complete:
+        show(report.as_text())
+
+
+def show(text: str) -> None:
+    """Print a result. Raises PurgeError if standard output is closed or full."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        # Nothing more can be printed, neither here nor when Python flushes at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise PurgeError(f"Cannot print the result: {error.strerror}.") from error
 
 
 # Options that a purge must be given, and --undo need not.
@@ -2077,12 +2155,12 @@ def set_up_output(options: Options) -> None:
     log.setLevel(logging.DEBUG if options.verbose else level)
 
 
-def purge(options: Options, ledger: Ledger) -> None:
+def purge(options: Options, ledger: Ledger, stop: StopSignals) -> None:
     """The run; see the top of this file. Raises PurgeError.
 
-    A dry run has no `live` table: it takes no lock, and cannot delete.
+    A dry run has no `live` connection: it takes no lock, and cannot delete.
     """
-    report, stop = ledger.report, StopSignals()
+    report = ledger.report
     session = aws_session(options)
     bucket = Bucket(session, options.bucket, options.prefix, options.workers, report.requests)
     server = server_of(options, session)
@@ -2090,9 +2168,8 @@ def purge(options: Options, ledger: Ledger) -> None:
         live = None
         if not options.dry_run:
             ledger.open(options.audit_log)
-            connection = stack.enter_context(closing(connect(server, RECHECK_TIMEOUT)))
-            live = JobTable(connection, *options.table)
-            live.lock(options.bucket, options.prefix)
+            live = stack.enter_context(closing(connect(server, RECHECK_TIMEOUT)))
+            take_lock(live, options.bucket, options.prefix, report.table)
         names, policy, reasons = read_table(options, server, bucket, report)
         stack.callback(names.close)
         if live is not None:
@@ -2109,11 +2186,14 @@ def purge(options: Options, ledger: Ledger) -> None:
             write_manifest(candidates, options.bucket, options.manifest)
         if live is not None:
             stop.defer()
-            in_use = InUse(live, policy.cutoff, options.prefix)
-            execution = Execution(bucket, ledger, stop, options, in_use)
-            execution.run(watched(candidates, "deleting", candidates.count))
+            jobs = JobTable(live, options.table, policy.cutoff)
+            in_use = InUse(jobs, options.prefix)
+            todo = watched(candidates, "deleting", candidates.count)
+            Execution(bucket, ledger, stop, options, in_use).run(todo)
             if options.delete_jobs:
-                delete_jobs(bucket, live, names, policy.cutoff, report, stop)
+                rows = read_expired_rows(options, server, policy.cutoff, stop)
+                stack.callback(rows.close)
+                delete_jobs(rows, names, bucket, jobs, report, stop)
 
 
 def read_table(
@@ -2122,33 +2202,42 @@ def read_table(
     """The job table's keys, the rules at its clock, and what is wrong with the clocks."""
     report.versioning, s3_lead = bucket.versioning()
     with closing(connect(server, PLAN_TIMEOUT)) as connection:
-        jobs = JobTable(connection, *options.table)
-        host, now = datetime.now(UTC), jobs.now()
+        host, now = datetime.now(UTC), database_now(connection)
         policy = options.policy(now)
         report.cutoff = policy.cutoff
+        jobs = JobTable(connection, options.table, policy.cutoff)
         log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
-        rows = watched(jobs.names(policy.cutoff), "reading references")
+        rows = watched(jobs.names(), "reading references")
         names = Spool(Reference, references(rows, options.prefix))
     return names, policy, list(clock_refusals(host, now, s3_lead))
 
 
-def undo(options: Options, ledger: Ledger) -> None:
+def read_expired_rows(
+    options: Options, server: Server, cutoff: datetime, stop: StopSignals
+) -> Spool[JobRow]:
+    """The expired rows as they are now, on a connection that may sort for long."""
+    log.info("looking which expired job rows may go")
+    with closing(connect(server, PLAN_TIMEOUT)) as connection:
+        rows = JobTable(connection, options.table, cutoff).expired_rows()
+        return Spool(JobRow, stop.between(expired_rows(rows, options.prefix)))
+
+
+def undo(options: Options, ledger: Ledger, stop: StopSignals) -> None:
     """Remove the delete markers that an audit log records, so that the objects are live again.
 
     Only markers: a version id that is not (or no more) a delete marker of its key is left alone.
     Raises PurgeError.
     """
     assert options.undo is not None
-    report, stop = ledger.report, StopSignals()
+    report = ledger.report
     session = aws_session(options)
     bucket = Bucket(session, options.bucket, options.prefix, options.workers, report.requests)
     report.versioning, _ = bucket.versioning()
     if report.versioning == "off":
         raise Refused(f"Bucket {options.bucket} is not versioned: there is nothing to undo.")
     recorded = recorded_markers(options.undo, options.bucket)
-    with closing(
-        Spool(Candidate, plan_undo(recorded, bucket, report.totals, options.workers))
-    ) as candidates:
+    markers = plan_undo(recorded, bucket, report.totals, options.workers)
+    with closing(Spool(Candidate, markers)) as candidates:
         report.plan_complete = True
         if options.dry_run:
             show_plan(candidates, options)
@@ -2162,8 +2251,7 @@ def make_plan(
 ) -> Spool[Candidate]:
     """List what the policy needs of the bucket, merge it with the references, and keep the plan."""
     log.info("%d distinct keys in the job table; listing s3://%s", names.count, bucket.name)
-    expired = (reference.key for reference in names if reference.expired)
-    objects = bucket.find(expired) if policy.orphans_before is None else bucket.all()
+    objects = bucket.find(expired_keys(names)) if policy.orphans_before is None else bucket.all()
     references = watched(names, "listing", names.count)
     candidates = Spool(Candidate, plan(outer_join(references, objects), policy, report.totals))
     report.plan_complete = True
@@ -2176,7 +2264,7 @@ def show_plan(candidates: Iterable[Candidate], options: Options) -> None:
     if options.json:
         return
     for chunk in chunks(candidates, 1000):
-        click.echo(
+        show(
             "\n".join(
                 f"{item.reason}\t{item.size}\t{item.last_modified.isoformat()}\t{printable(item.key)}"
                 for item in chunk
@@ -2187,13 +2275,11 @@ def show_plan(candidates: Iterable[Candidate], options: Options) -> None:
 def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> None:
     """Write the plan as S3 Batch Operations reads it: `bucket,url-encoded-key` on each line.
 
-    Under another name first: the file is there only when it is whole. Raises PurgeError.
+    Raises PurgeError.
     """
-    part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("w", encoding="ascii", newline="") as file:
+        with path.open("w", encoding="ascii", newline="") as file:
             file.writelines(f"{bucket},{quote(item.key)}\n" for item in candidates)
-        part.replace(path)
     except OSError as error:
         raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
 

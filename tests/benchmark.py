@@ -312,9 +312,9 @@ def login(place: World) -> pymysql.Connection[Any]:
 def read_by_script(place: World) -> tuple[float, int]:
     """Seconds from the query to the end of the spool file; expired keys in it."""
     with closing(login(place)) as connection:
-        jobs = rp.JobTable(connection, DATABASE, "jobs")
+        jobs = rp.JobTable(connection, (DATABASE, "jobs"), CUTOFF)
         start = time.perf_counter()
-        names = rp.Spool(rp.Reference, rp.references(jobs.names(CUTOFF), ""))
+        names = rp.Spool(rp.Reference, rp.references(jobs.names(), ""))
         seconds = time.perf_counter() - start
     with closing(names):
         return seconds, sum(reference.expired for reference in names)

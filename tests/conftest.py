@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -60,7 +61,9 @@ class World:
         self.settings: dict[str, str] = {"RETENTION_PURGE_MAX_PERCENT": "100"}
         self.processes: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: str, **settings: str | None) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, stdout: Any = PIPE, stderr: Any = PIPE, **settings: str | None
+    ) -> subprocess.Popen[str]:
         """Start the script; `settings` change its environment, None removes a variable."""
         environment = self.box.environment | self.settings
         for name, value in settings.items():
@@ -70,8 +73,8 @@ class World:
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *arguments],
             env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
         )
         self.processes.append(process)

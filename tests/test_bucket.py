@@ -136,7 +136,62 @@ def test_a_key_outside_the_prefix_ends_the_run(world, proxy):
     proxy.after = after
     result = world.purge(*AS_OF, "--prefix", "incoming_", "--orphans", "--orphan-grace-days", "0")
     assert result.code == 1
-    assert "does not start with the prefix" in result.error
+    assert "outgoing_000001, which was not asked for" in result.error
+
+
+@pytest.mark.parametrize("name", [b"another-bucket", b""])
+def test_a_listing_of_another_bucket_ends_the_run(world, proxy, name):
+    def after(request: Request, answer: Answer) -> Answer:
+        answer.body = answer.body.replace(b"<Name>incoming-data<", b"<Name>" + name + b"<")
+        return answer
+
+    proxy.after = after
+    result = world.purge(*AS_OF)
+    assert result.code == 1
+    assert "not asked for" in result.error
+    assert proxy.count("delete") == 0
+
+
+def test_a_key_that_is_no_utf_8_is_not_read_as_another(world, proxy):
+    def after(request: Request, answer: Answer) -> Answer:
+        answer.body = answer.body.replace(b"<Key>incoming_000011<", b"<Key>incoming_%FF<")
+        return answer
+
+    proxy.after = after
+    result = world.purge(*AS_OF, "--orphans", "--orphan-grace-days", "0")
+    assert result.code == 1
+    assert "InvalidAnswer" in result.error
+
+
+def test_a_204_without_a_body_answers_for_no_key(world, proxy):
+    proxy.before = lambda r: Answer(204, b"") if r.operation == "delete" else None
+    expire(world, [f"k{n:05}" for n in range(5000)])
+    result = world.purge(*AS_OF, "--json")
+    assert result.code == 4
+    assert (result.summary["deleted"]["expired"], result.summary["failed"]) == (0, 5000)
+
+
+@pytest.mark.parametrize("version", [b"<VersionId></VersionId>", b"<VersionId>null</VersionId>"])
+def test_a_version_id_that_was_not_asked_for_does_not_matter(world, proxy, version):
+    def after(request: Request, answer: Answer) -> Answer:
+        if request.operation == "delete":
+            answer.body = answer.body.replace(b"</Key>", b"</Key>" + version)
+        return answer
+
+    proxy.after = after
+    assert world.purge(*AS_OF, "--json").summary["deleted"]["expired"] == 17
+    assert proxy.count("delete") == 1
+
+
+def test_a_message_of_s3_cannot_forge_a_line_of_the_log(world, proxy):
+    def after(request: Request, answer: Answer) -> Answer:
+        forged = "AccessDenied</Code><Message>a\\nERROR forged\\n</Message><Code>x"
+        return spoil(answer, ["incoming_000012"], forged)
+
+    proxy.after = after
+    result = world.purge(*AS_OF)
+    assert result.code == 4
+    assert not [line for line in result.err.splitlines() if line.startswith("ERROR forged")]
 
 
 NOT_A_DELETE_RESULT = {

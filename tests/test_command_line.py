@@ -117,3 +117,46 @@ def test_verbose_shows_the_traceback_of_an_error(world: World):
 def test_quiet_leaves_standard_error_to_problems(world: World):
     result = world.purge(*AS_OF, "-q")
     assert (result.code, result.err) == (0, "")
+
+
+def test_an_empty_flag_variable_is_not_taken_for_off(world: World):
+    result = world.purge(*AS_OF, RETENTION_PURGE_DRY_RUN="")
+    assert result.code == 2
+    assert "RETENTION_PURGE_DRY_RUN is empty" in result.error
+    assert len(world.box.live_keys()) == 48
+
+
+def test_manifest_and_audit_log_must_be_two_files(world: World, tmp_path):
+    path = tmp_path / "file"
+    result = world.purge(*AS_OF, "--manifest", str(path), "--audit-log", f"{tmp_path}/./file")
+    assert result.code == 2
+    assert "two files" in result.error
+
+
+@pytest.mark.parametrize("options", [[], ["-n"], ["--json"]])
+def test_a_full_or_closed_standard_output_is_one_line_and_loses_no_work(world: World, options):
+    with open("/dev/full", "w") as full:
+        process = world.start(*AS_OF, *options, stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert [line for line in err.splitlines() if "rror" in line] == [
+        "Error: Cannot print the result: No space left on device."
+    ]
+    assert len(world.box.live_keys()) == (48 if "-n" in options else 31)
+
+
+def test_a_full_standard_error_keeps_the_exit_code(world: World):
+    with open("/dev/full", "w") as full:
+        process = world.start(*AS_OF, "--max-objects", "1", stderr=full)
+        process.communicate(timeout=60)
+    assert process.returncode == 3
+
+
+def test_a_reader_that_goes_away_ends_a_dry_run_in_one_line(world: World):
+    process = world.start(*AS_OF, "-n")
+    assert process.stdout is not None
+    process.stdout.close()
+    err = process.stderr.read() if process.stderr else ""
+    assert process.wait(60) == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "Error: Cannot print the result: Broken pipe."

@@ -189,6 +189,102 @@ def test_random_tables_are_purged_as_the_model_says(world, jobs, strangers, orph
     assert deleted(world, *(["--orphans"] if orphans else [])) == expected
 
 
+# --- Settings of the server that must not decide --------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 4, 20])
+def test_a_row_limit_of_the_server_hides_no_reference(world, limit):
+    options = ("--orphans", "--orphan-grace-days", "0")
+    with world.box.database.admin() as connection:
+        cursor = connection.cursor()
+        cursor.execute(f"SET GLOBAL sql_select_limit = {limit}")
+        try:
+            assert len(deleted(world, *options)) == 20
+        finally:
+            cursor.execute("SET GLOBAL sql_select_limit = DEFAULT")
+
+
+@pytest.mark.parametrize(
+    "mode", ["PAD_CHAR_TO_FULL_LENGTH", "ANSI", "ORACLE", "NO_BACKSLASH_ESCAPES", "TRADITIONAL"]
+)
+def test_an_sql_mode_of_the_server_changes_nothing(world, mode):
+    load(
+        world,
+        [("OFFICIAL", OLD, "kept"), ("TRIAL", OLD, "gone"), ("TRIAL", OLD, "a'\\b")],
+        columns("char(64) CHARACTER SET utf8mb4"),
+    )
+    with world.box.database.admin() as connection:
+        cursor = connection.cursor()
+        cursor.execute("SELECT @@global.sql_mode")
+        before = cursor.fetchall()[0][0]
+        cursor.execute("SET GLOBAL sql_mode = %s", (mode,))
+        try:
+            assert deleted(world, "--orphans") == {"gone", "a'\\b"}
+        finally:
+            cursor.execute("SET GLOBAL sql_mode = %s", (before,))
+
+
+def test_a_row_deleted_by_a_transaction_that_is_still_open_is_still_there(world):
+    with world.box.database.admin() as connection, connection.cursor() as cursor:
+        cursor.execute("SET GLOBAL TRANSACTION ISOLATION LEVEL READ UNCOMMITTED")
+        cursor.execute("BEGIN")
+        cursor.execute(f"DELETE FROM {DATABASE}.ndvr_job_status WHERE type = 'OFFICIAL'")
+        try:
+            assert len(deleted(world, "--orphans", "--orphan-grace-days", "0")) == 20
+        finally:
+            cursor.execute("ROLLBACK")
+            cursor.execute("SET GLOBAL TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
+
+def test_a_read_only_server_may_be_a_replica_and_serves_dry_runs_alone(world):
+    with world.box.database.admin() as connection:
+        cursor = connection.cursor()
+        cursor.execute("SET GLOBAL read_only = 1")
+        try:
+            result = world.purge(*AS_OF)
+            assert result.code == 3
+            assert "replica" in result.error
+            assert world.purge(*AS_OF, "-n").code == 0
+        finally:
+            cursor.execute("SET GLOBAL read_only = 0")
+    assert len(world.box.live_keys()) == 48
+
+
+def test_a_column_called_name_is_not_taken_for_the_key(world):
+    load(
+        world,
+        [("TRIAL", OLD, "gone1"), ("TRIAL", OLD, "gone2"), ("OFFICIAL", OLD, "kept")],
+        columns(TABLES["bin"]),
+    )
+    with world.box.database.admin(database=DATABASE) as connection:
+        connection.cursor().execute("ALTER TABLE ndvr_job_status ADD name int DEFAULT 1")
+    assert deleted(world) == {"gone1", "gone2"}
+
+
+def test_a_table_name_with_a_percent_sign(world):
+    with world.box.database.admin(database=DATABASE) as connection:
+        connection.cursor().execute("CREATE OR REPLACE TABLE `100%s` LIKE ndvr_job_status")
+    assert world.purge(*AS_OF, "--db-table", "100%s").code == 0
+
+
+def test_a_completed_at_that_is_no_time_is_refused(world):
+    with world.box.database.admin(database=DATABASE) as connection:
+        connection.cursor().execute("ALTER TABLE ndvr_job_status MODIFY completedAt varchar(20)")
+    result = world.purge(*AS_OF)
+    assert result.code == 1
+    assert "completedAt must be a TIMESTAMP" in result.error
+
+
+def test_an_early_as_of_is_not_read_as_a_later_century(world):
+    for moment in ("0030-06-03", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        result = world.purge("--as-of", moment)
+        assert result.code == 2
+        assert "--as-of" in result.error
+    result = world.purge("--as-of", "1970-01-02", "--retention-days", "36500", "--json")
+    assert result.summary["cutoff"].startswith("1870-")
+    assert result.summary["planned"]["expired"] == 0
+
+
 # --- Login -----------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ class ListedBucket(rp.Bucket):
         start = bisect_right(self.keys, after)
         self.asked.append(limit)
         objects = [rp.S3Object(key, 1, NOW) for key in self.keys[start : start + limit]]
-        return rp.Page(objects, "more" if start + limit < len(self.keys) else None)
+        return rp.Page(objects, "more" if start + limit < len(self.keys) else None, "bucket")
 
 
 KEYS = st.text(st.sampled_from("ab\x01\x02\n \U0010ffff\ue000\ud7ff"), min_size=1, max_size=6)

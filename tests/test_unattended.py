@@ -62,6 +62,7 @@ def state(box: Sandbox) -> tuple[list[str], list[str]]:
         (["--max-percent", "37"], ["17 of 45", "37.8 %", "--max-percent 37"]),
         ([*EVERYTHING, "--max-percent", "41"], ["20 of 48", "41.7 %", "--max-percent 41"]),
         (["--as-of", "2999-01-01"], ["--as-of", "later than the database clock"]),
+        (["--max-percent", "nan"], ["--max-percent nan"]),
     ],
 )
 def test_a_guard_refuses_with_its_numbers_and_nothing_changes(world, options, says, dry):
@@ -209,8 +210,8 @@ def selects(box: Sandbox) -> int:
     ("rows", "index", "by_batch", "advice"),
     [
         (100_000, False, True, False),
-        (800_000, False, False, True),
-        (800_000, True, True, False),
+        (1_500_000, False, False, True),
+        (1_500_000, True, True, False),
     ],
 )
 def test_re_checks_are_by_batch_unless_they_are_dear(world, rows, index, by_batch, advice):
@@ -223,8 +224,8 @@ def test_re_checks_are_by_batch_unless_they_are_dear(world, rows, index, by_batc
     )
     before = selects(world.box)
     result = world.purge(*AS_OF, "--json", "--workers", "2")
-    # Besides: two descriptions of the table, clock, keys, lock; and, once, its indexes.
-    rechecks = selects(world.box) - before - 5 - advice
+    # Besides: two descriptions of the table, clock, keys, read_only, lock; and, once, its indexes.
+    rechecks = selects(world.box) - before - 6 - advice
     assert result.summary["deleted"]["expired"] == 12_000
     assert 0 < result.summary["max_recheck_age_seconds"] < 60
     if by_batch:
@@ -402,6 +403,48 @@ def test_an_answer_lost_in_a_versioned_bucket_stacks_no_marker_and_is_undone(
     assert world.box.live_keys() == before
 
 
+def test_answers_lost_and_then_credentials_lost_count_no_key_twice(world, proxy, tmp_path):
+    reload_versioned(world)
+    lost, path = [DROP], tmp_path / "audit.jsonl"
+
+    def before(request: Request) -> Answer | None:
+        looked = sum("versions" in r.query for r in proxy.requests)
+        expired = b"<Error><Code>ExpiredToken</Code><Message>no</Message></Error>"
+        return Answer(400, expired) if "versions" in request.query and looked == 5 else None
+
+    def after(request: Request, answer: Answer) -> Answer:
+        return lost.pop() if request.operation == "delete" and lost else answer
+
+    proxy.before, proxy.after = before, after
+    result = world.purge(*AS_OF, "--audit-log", str(path), "--json")
+    assert result.code == 1
+    summary = result.summary
+    assert summary["deleted"]["expired"] + summary["failed"] == 17
+    ends = [e["key"] for e in events(path) if e["event"] in ("deleted", "failed")]
+    assert len(ends) == len(set(ends)) == 17
+
+
+@pytest.mark.parametrize("answer", [Answer(204, b""), Answer(200, b"<ListVersionsResult/>")])
+def test_undo_takes_silence_for_an_error(world, proxy, tmp_path, answer):
+    reload_versioned(world)
+    path = tmp_path / "audit.jsonl"
+    world.purge(*AS_OF, "--audit-log", str(path))
+    proxy.before = lambda request: answer if "versions" in request.query else None
+    result = world.purge("--undo", str(path))
+    assert result.code == 1
+    assert "Cannot list the versions" in result.error
+
+
+def test_undo_counts_a_marker_once_however_often_the_log_names_it(world, tmp_path):
+    reload_versioned(world)
+    path = tmp_path / "audit.jsonl"
+    world.purge(*AS_OF, "--audit-log", str(path))
+    path.write_text(path.read_text() * 2)
+    summary = world.purge("--undo", str(path), "--json").summary
+    assert summary["deleted"]["expired"] == 17
+    assert summary["recoverable"] is False
+
+
 def test_undo_leaves_a_version_that_is_no_delete_marker_alone(world, tmp_path):
     reload_versioned(world)
     path = tmp_path / "audit.jsonl"
@@ -563,6 +606,27 @@ def test_a_dry_run_with_delete_jobs_changes_nothing(may_delete):
     before = state(may_delete.box)
     assert may_delete.purge(*AS_OF, "--delete-jobs", "-n").code == 0
     assert state(may_delete.box) == before
+
+
+def test_a_signal_while_rows_are_looked_for_is_heeded(may_delete, proxy):
+    world = may_delete
+    entered, release = threading.Event(), threading.Event()
+
+    def before(request: Request) -> None:
+        if request.operation == "list" and proxy.count("delete"):
+            entered.set()
+            release.wait(60)
+
+    proxy.before = before
+    process = world.start(*AS_OF, "--delete-jobs", "--json")
+    assert entered.wait(60)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    release.set()
+    out, _ = process.communicate(timeout=60)
+    summary = json.loads(out)
+    assert process.returncode == summary["exit_code"] == 143
+    assert (summary["deleted"]["expired"], summary["jobs_deleted"]) == (17, 0)
 
 
 # --- Signals and kill -9 --------------------------------------------------------------------------
