@@ -1261,7 +1261,9 @@ class Report:
             "failed": self.failed,
             "missing": self.totals.missing,
             "jobs_deleted": self.jobs_deleted,
-            "recoverable": self.mode == "purge" and self.versioning == "enabled",
+            "recoverable": self.versioning == "enabled"
+            and self.mode == "purge"
+            and self.deleted.objects > 0,
             "requests": asdict(self.requests),
             "max_recheck_age_seconds": round(self.max_recheck_age, 3),
             "seconds": round(time.monotonic() - self.started, 3),
@@ -1643,8 +1645,10 @@ class Execution:
         """The batches of the next re-check, retries first."""
         size = 0
         for _ in range(self._chunk):
+            if size > CHUNK_BYTES:
+                return
             batch = self._retries.popleft() if self._retries else next(source, None)
-            if batch is None or size > CHUNK_BYTES:
+            if batch is None:
                 return
             yield batch
             size += sum(len(item.key.encode()) + 64 for item in batch.candidates)
