@@ -123,13 +123,16 @@ NOT_ATTEMPTED = "NotAttempted"
 # A key with one of them goes by single DeleteObject, where it stands percent-encoded in the URL.
 NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
-THROTTLED = {"SlowDown", "ServiceUnavailable", "Throttling", "RequestLimitExceeded", "503"}
-RETRYABLE = THROTTLED | {
+# S3's codes that a later try may not meet (S3 API reference, "List of error codes"), and HTTP's.
+RETRYABLE = {
+    "SlowDown",
+    "ServiceUnavailable",
     "InternalError",
     "RequestTimeout",
     "OperationAborted",
     "500",
     "502",
+    "503",
     "504",
     "InvalidAnswer",  # ours: the body is not the answer to the request
     "NoAnswer",  # ours: a key that the answer does not mention, or no answer at all
@@ -518,7 +521,7 @@ SESSION = (
     "SET time_zone = '+00:00', sql_select_limit = 18446744073709551615, sql_mode = '', "
     "wait_timeout = 86400",
     # Rows deleted by a transaction that may yet be rolled back are still there.
-    "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
+    "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 )
 
 

@@ -78,6 +78,8 @@ NOT_A_LISTING = {
     "not xml": b"<ListBucketResult><Contents>",
     "another answer": b"<DeleteResult></DeleteResult>",
     "bare": b"<ListBucketResult></ListBucketResult>",
+    "another root": b"<Listing><Name>incoming-data</Name><KeyCount>0</KeyCount>"
+    b"<IsTruncated>false</IsTruncated></Listing>",
     "no count": b"<ListBucketResult><Name>b</Name>"
     b"<IsTruncated>false</IsTruncated></ListBucketResult>",
     "wrong count": b"<ListBucketResult><Name>b</Name><KeyCount>3</KeyCount>"
@@ -368,6 +370,24 @@ def test_a_job_inserted_after_the_plan_keeps_its_object(world, proxy, kind):
     assert result.summary["retained"] == 1
     assert result.summary["deleted"]["expired"] == 16
     assert "incoming_000012" in world.box.live_keys()
+
+
+def test_a_job_inserted_after_the_plan_keeps_its_object_under_a_prefix_too(world, proxy):
+    world.box.put("in/incoming_000012")
+    world.box.put("in/incoming_000013")
+
+    def before(request: Request) -> None:
+        if request.operation == "list":
+            with world.box.database.admin(database="ndvr") as connection:
+                connection.cursor().execute(
+                    "INSERT INTO ndvr_job_status VALUES"
+                    " ('late', now(), 'OFFICIAL', 'incoming_000012')"
+                )
+
+    proxy.before = before
+    summary = world.purge(*AS_OF, "--prefix", "in/", "--json").summary
+    assert (summary["retained"], summary["deleted"]["expired"]) == (1, 1)
+    assert "in/incoming_000012" in world.box.live_keys()
 
 
 @pytest.mark.parametrize("completed", [f"'{OLD}'", "NULL"])

@@ -43,6 +43,7 @@ def deleted(world: World, *options: str) -> set[str]:
     gone = before - set(world.box.live_keys())
     summary = result.summary
     assert result.code == 0, result.err
+    assert summary["deleted"] == summary["planned"]  # not merely saved by the re-check
     assert summary["deleted"]["expired"] + summary["deleted"]["orphan"] == len(gone)
     return gone
 

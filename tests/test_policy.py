@@ -123,3 +123,41 @@ def test_a_spool_gives_back_what_it_was_filled_with_to_several_readers_at_once()
     assert list(second) == records
     assert list(first) == records[1500:]
     assert spool.count == 2500
+
+
+def refused(limits: rp.Limits, **seen: int) -> str:
+    planned = rp.Tally(expired=seen.pop("planned"))
+    return "; ".join(rp.refusals(rp.Totals(planned=planned, **seen), limits))
+
+
+def test_each_guard_speaks_for_itself():
+    half, all_ = rp.Limits(None, 50, orphans=False), rp.Limits(None, 100, orphans=True)
+    assert refused(half, planned=5, remaining=5) == ""
+    assert "6 of 11 keys" in refused(half, planned=6, remaining=5)
+    assert refused(half, planned=5, remaining=5, listed=5) == ""
+    orphans = rp.Limits(None, 50, orphans=True)
+    seen = {"remaining": 95, "listed_remaining": 1}
+    assert refused(orphans, planned=5, listed=10, **seen) == ""
+    assert "5 of 9 objects in the listing" in refused(orphans, planned=5, listed=9, **seen)
+    assert "none of the 3 keys" in refused(all_, planned=1, remaining=3, listed=9)
+    assert refused(all_, planned=1, remaining=3, listed=9, listed_remaining=1) == ""
+    assert refused(all_, planned=0, remaining=0, listed=0) == ""
+    assert refused(rp.Limits(0, 100, orphans=False), planned=0) == ""
+    assert "--max-objects 0" in refused(rp.Limits(0, 100, orphans=False), planned=1)
+
+
+@pytest.mark.parametrize(
+    ("database", "s3", "refusal"),
+    [
+        (0, 0, ""),
+        (300, 0, ""),
+        (301, 0, "clock of the database is 301 seconds ahead of that of this host"),
+        (0, -301, "clock of this host is 301 seconds ahead of that of S3"),
+        (200, -200, "clock of the database is 400 seconds ahead of that of S3"),
+    ],
+)
+def test_clocks_more_than_five_minutes_apart_are_refused(database, s3, refusal):
+    later = NOW + timedelta(seconds=database)
+    reasons = list(rp.clock_refusals(NOW, later, timedelta(seconds=s3)))
+    assert len(reasons) == bool(refusal)
+    assert refusal in "".join(reasons)
