@@ -11,14 +11,16 @@ A job table in MySQL names the objects: the key of a job's source data is `prefi
 Deleted are expired keys and, if asked for, orphans. Everything else stays, for ever. Keys are
 compared as bytes, the way S3 compares them, whatever the collation of the table says.
 
-The run, in order; any error before step 5 ends it with nothing deleted:
+The run, in order; any error before step 6 ends it with nothing deleted:
 
-    1. the job table, grouped by key and sorted by its bytes, is read at once into a spool file
-    2. the bucket's listing, which S3 sorts by the same bytes, is merged with it
-    3. the merge writes the plan, a second spool file
-    4. a dry run prints the plan and ends
-    5. batch by batch: look again in the table whether a job refers to a key, delete the others,
-       account for every single key
+    1. a real run takes a lock against other runs; a dry run cannot write anywhere
+    2. the job table, grouped by key and sorted by its bytes, is read at once into a spool file
+    3. the bucket's listing, which S3 sorts by the same bytes, is merged with it
+    4. the merge writes the plan, a second spool file
+    5. guards may refuse the plan; a dry run prints it and ends
+    6. batch by batch: ask the table again whether a job refers to a key, write the others to the
+       audit log, delete them, account for every single key
+    7. if asked for, delete the rows of expired jobs whose object is seen to be gone
 
 Order of this file: constants, errors, policy and merge (pure), spool files, MySQL, S3, execution,
 report, command line.
