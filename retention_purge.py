@@ -1628,13 +1628,16 @@ class Execution:
                 self._find_lost_answers(batch)
             started = time.monotonic()
             used = self._in_use([item for batch in chunk for item in batch.candidates])
+            gone = self._gone(chunk, used)
         except BaseException:
             self._retries.extend(chunk)  # where `_finish` accounts for them
             raise
         cost = time.monotonic() - started
         for batch in chunk:
             for item in batch.candidates:
-                if item.key in used:
+                if item.key in gone:
+                    self._ledger.deleted(item, None)
+                elif item.key in used:
                     self._ledger.retained(item)
             batch.candidates = [item for item in batch.candidates if item.key not in used]
             batch.checked = started
@@ -1672,6 +1675,13 @@ class Execution:
         for item, marker in gone.items():
             self._ledger.deleted(item, marker)
         batch.candidates = [item for item in batch.candidates if item not in gone]
+
+    def _gone(self, chunk: list[Batch], used: set[str]) -> set[str]:
+        """Of the keys in use by now, those that an earlier try has deleted: its answer was lost, and
+        the job came after. To call them retained would be a lie."""
+        tried = [item.key for batch in chunk if batch.tries for item in batch.candidates]
+        doubtful = sorted(used.intersection(tried))
+        return set(doubtful) - {item.key for item in self._bucket.find(doubtful)}
 
     def _send(self, batch: Batch) -> None:
         """In a worker: one request. Verdicts and age are left in the batch."""
@@ -2151,9 +2161,12 @@ def outcome(action: Callable[[], None]) -> PurgeError | None:
 
 def set_up_output(options: Options) -> None:
     """Log to standard error, in UTC; print any key on a terminal of any encoding."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+        elif stream is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     handler = logging.StreamHandler()
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime

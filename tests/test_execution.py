@@ -51,6 +51,9 @@ class WaywardBucket:
         self.gone[item.key] = f"marker of {item.key}"
         return rp.Verdict(item.key, marker=self.gone[item.key])
 
+    def find(self, keys: list[str]) -> list[rp.S3Object]:
+        return [rp.S3Object(key, 1, NOW) for key in keys if key not in self.gone]
+
     def markers(self, key: str) -> dict[str, bool]:
         return {self.gone[key]: True} if key in self.gone else {}
 
@@ -62,6 +65,7 @@ class Book(rp.Ledger):
         super().__init__(report)
         self.ends: Counter[str] = Counter()
         self.deleted_keys: set[str] = set()
+        self.retained_keys: set[str] = set()
         self.intended: set[str] = set()
 
     def intend(self, candidates: list[rp.Candidate]) -> None:
@@ -74,6 +78,7 @@ class Book(rp.Ledger):
 
     def retained(self, item: rp.Candidate) -> None:
         super().retained(item)
+        self.retained_keys.add(item.key)
         self.ends[item.key] += 1
 
     def failed(self, item: rp.Candidate, verdict: rp.Verdict) -> None:
@@ -130,6 +135,7 @@ def test_every_key_ends_exactly_once(count, seed, moods, workers, versioning, de
     assert book.ends == Counter(item.key for item in planned)
     assert report.deleted.objects + report.retained + report.failed == count
     assert book.deleted_keys <= set(bucket.gone) <= book.intended
+    assert not set(bucket.gone) & book.retained_keys, "said to be kept, but gone"
     assert finished or "refused" in moods or "bug" in moods or break_after is not None
     if set(moods) == {"well"} and break_after is None:
         assert set(bucket.gone) == {item.key for item in planned} - used_ever
