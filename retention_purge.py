@@ -1677,8 +1677,8 @@ class Execution:
         batch.candidates = [item for item in batch.candidates if item not in gone]
 
     def _gone(self, chunk: list[Batch], used: set[str]) -> set[str]:
-        """Of the keys in use by now, those that an earlier try has deleted: its answer was lost, and
-        the job came after. To call them retained would be a lie."""
+        """Of the keys in use by now, those that an earlier try has deleted after all: its answer was
+        lost, and the job came later. They are not retained."""
         tried = [item.key for batch in chunk if batch.tries for item in batch.candidates]
         doubtful = sorted(used.intersection(tried))
         return set(doubtful) - {item.key for item in self._bucket.find(doubtful)}
