@@ -439,18 +439,18 @@ class Spool(Generic[Record]):
 
     def __init__(self, record: Callable[..., Record], records: Iterable[Record]) -> None:
         self._record = record
-        self._file = tempfile.TemporaryFile(prefix="retention_purge-")  # noqa: SIM115
         self.count = 0
-        for chunk in chunks(records, 1000):
-            try:
+        try:
+            self._file = tempfile.TemporaryFile(prefix="retention_purge-")  # noqa: SIM115
+            for chunk in chunks(records, 1000):
                 pickle.dump(list(zip(*chunk, strict=True)), self._file, pickle.HIGHEST_PROTOCOL)
                 self._file.flush()
-            except OSError as error:
-                raise PurgeError(
-                    f"Cannot write a spool file in {tempfile.gettempdir()}: {error.strerror}. "
-                    "Free some space there or point TMPDIR elsewhere. Nothing was deleted."
-                ) from error
-            self.count += len(chunk)
+                self.count += len(chunk)
+        except OSError as error:
+            raise PurgeError(
+                f"Cannot write a spool file: {error.strerror}. Free some space in TMPDIR, or point "
+                "TMPDIR elsewhere."
+            ) from error
 
     def __iter__(self) -> Iterator[Record]:
         position, left = 0, self.count
@@ -1677,8 +1677,8 @@ class Execution:
         batch.candidates = [item for item in batch.candidates if item not in gone]
 
     def _gone(self, chunk: list[Batch], used: set[str]) -> set[str]:
-        """Of the keys in use by now, those that an earlier try has deleted after all: its answer was
-        lost, and the job came later. They are not retained."""
+        """Of the keys in use by now, those that an earlier try has deleted after all: its answer
+        was lost, and the job came later. They are not retained."""
         tried = [item.key for batch in chunk if batch.tries for item in batch.candidates]
         doubtful = sorted(used.intersection(tried))
         return set(doubtful) - {item.key for item in self._bucket.find(doubtful)}
@@ -1760,7 +1760,12 @@ class InUse:
         remaining, by_any = self._jobs.referenced(names)
         self._advise(time.monotonic() - asked)
         users = {Reason.EXPIRED: remaining, Reason.ORPHAN: by_any}
-        return {item.key for item in candidates if item.key[start:] in users[item.reason]}
+        # A job without a name does not refer to an object that is called like the prefix.
+        return {
+            item.key
+            for item, name in zip(candidates, names, strict=True)
+            if name and name in users[item.reason]
+        }
 
     def _advise(self, seconds: float) -> None:
         """Once, if it is so: say which index would help."""

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import http.client
+import os
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,13 +23,19 @@ LOCAL = "127.0.0.1"
 
 
 class TcpProxy:
-    """Forwards connections to a local port; `sent` is all that clients sent, in order."""
+    """Forwards connections to a local port; `sent` is all that clients sent, in order.
+
+    `on_received(bytes)` is called before the server's next data are passed on, with their total so
+    far over all connections; it may wait, or cut.
+    """
 
     def __init__(self, port: int) -> None:
         self._target = port
         self._listener = socket.create_server((LOCAL, 0))
         self.port: int = self._listener.getsockname()[1]
         self.sent = bytearray()
+        self.received = 0
+        self.on_received: Callable[[int], None] = lambda total: None
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
 
     def __enter__(self) -> Self:
@@ -35,6 +43,8 @@ class TcpProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
         self.cut()
 
@@ -52,6 +62,7 @@ class TcpProxy:
             except OSError:
                 return
             server = socket.create_connection((LOCAL, self._target))
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # a held stream is felt
             self._pairs.append((client, server))
             threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
 
@@ -66,6 +77,8 @@ class TcpProxy:
                         self.sent += data
                         server.sendall(data)
                     else:
+                        self.received += len(data)
+                        self.on_received(self.received)
                         client.sendall(data)
         except OSError:
             pass
@@ -96,15 +109,21 @@ class Request:
 
 @dataclass
 class Answer:
-    """An answer of S3, or a stand-in for one. `drop` closes the connection instead."""
+    """An answer of S3, or a stand-in for one.
+
+    `drop` closes the connection instead, and with `reset` the client sees it reset (RST). A
+    Content-Length among the headers stands: one that is too long cuts the body short.
+    """
 
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
     drop: bool = False
+    reset: bool = False
 
 
 DROP = Answer(0, b"", drop=True)
+RESET = Answer(0, b"", drop=True, reset=True)
 
 
 class S3Proxy:
@@ -127,12 +146,18 @@ class S3Proxy:
 
             def handle_any(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
-                request = Request(
-                    self.command, self.path, dict(self.headers.items()), self.rfile.read(length)
-                )
+                body = self.rfile.read(length)
+                if len(body) < length:  # the client died
+                    self.close_connection = True
+                    return
+                request = Request(self.command, self.path, dict(self.headers.items()), body)
                 answer = proxy.answer(request)
                 if answer.drop:
                     self.close_connection = True
+                    if answer.reset:
+                        linger = struct.pack("ii", 1, 0)
+                        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                        os.close(self.connection.detach())
                     return
                 with suppress(OSError):  # the client may be gone
                     self.reply(answer)
@@ -141,7 +166,7 @@ class S3Proxy:
                 self.send_response_only(answer.status)
                 for name, value in answer.headers.items():
                     self.send_header(name, value)
-                if answer.status != 204:
+                if answer.status != 204 and "Content-Length" not in answer.headers:
                     self.send_header("Content-Length", str(len(answer.body)))
                 self.end_headers()
                 self.wfile.write(answer.body)

@@ -1,0 +1,577 @@
+"""Faults of S3, of the database and of the process, on real sockets and on schedule.
+
+    FaultyS3        stands before moto and answers some requests as a broken S3 does
+    FaultyDatabase  stands before MariaDB and breaks it: connections, queries, settings, the server
+    Scene           the sandbox behind both, and the purge as a real process in it
+    verify          what must hold after every run, whatever broke, seen from the outside
+
+Every fault that took place is counted in `Scene.injected`, by part and kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
+
+import pymysql
+from proxies import RESET, Answer, Request, S3Proxy, TcpProxy
+from sandbox import DATABASE, Sandbox
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "retention_purge.py"
+USER, PASSWORD = "faults", "of-the-sandbox"
+NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+ElementTree.register_namespace("", NAMESPACE)
+
+# --- S3 -------------------------------------------------------------------------------------------
+
+Forward = Callable[[Request], Answer]
+# Answers in S3's place; None if the fault makes no sense for this request.
+Act = Callable[[Request, Forward], Answer | None]
+
+
+def error(code: str) -> bytes:
+    return f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+
+
+def instead(status: int, body: bytes = b"", effect: bool = False) -> Act:
+    """This answer; the request took effect or never reached S3."""
+
+    def act(request: Request, forward: Forward) -> Answer:
+        if effect:
+            forward(request)
+        return Answer(status, body)
+
+    return act
+
+
+def reset(effect: bool) -> Act:
+    def act(request: Request, forward: Forward) -> Answer:
+        if effect:
+            forward(request)
+        return RESET
+
+    return act
+
+
+def truncated(request: Request, forward: Forward) -> Answer:
+    """Half of the XML, as if that were all."""
+    answer = forward(request)
+    return Answer(answer.status, answer.body[: len(answer.body) // 2], answer.headers)
+
+
+def cut_short(request: Request, forward: Forward) -> Answer:
+    """Half of the body, then the connection closes."""
+    answer = forward(request)
+    headers = answer.headers | {"Content-Length": str(len(answer.body)), "Connection": "close"}
+    return Answer(answer.status, answer.body[: len(answer.body) // 2], headers)
+
+
+def hang(seconds: float) -> Act:
+    def act(request: Request, forward: Forward) -> Answer:
+        time.sleep(seconds)
+        return forward(request)
+
+    return act
+
+
+def keys_of(request: Request) -> list[str]:
+    """The keys that a delete or delete-one names."""
+    if request.operation == "delete-one":
+        return [unquote(urlsplit(request.path).path.split("/", 2)[2])]
+    root = ElementTree.fromstring(request.body)
+    return [node.text or "" for node in root.iterfind(".//{*}Key")]
+
+
+def every_third(request: Request) -> set[str]:
+    return set(keys_of(request)[::3])
+
+
+def without(request: Request, keys: set[str]) -> Request:
+    """The same DeleteObjects without these keys."""
+    root = ElementTree.fromstring(request.body)
+    for node in list(root):
+        if node.findtext("{*}Key") in keys:
+            root.remove(node)
+    kept = {
+        name: value
+        for name, value in request.headers.items()
+        if not name.lower().startswith(("content-length", "content-md5", "x-amz-checksum"))
+    }
+    return replace(request, body=ElementTree.tostring(root, encoding="utf-8"), headers=kept)
+
+
+def answered(answer: Answer, silent: set[str], code: str | None) -> Answer:
+    """A DeleteObjects answer that does not confirm these keys, but gives `code` for them if any."""
+    root = ElementTree.fromstring(answer.body)
+    for node in list(root):
+        if node.findtext("{*}Key") in silent:
+            root.remove(node)
+    for key in sorted(silent) if code else ():
+        node = ElementTree.SubElement(root, f"{{{NAMESPACE}}}Error")
+        for name, text in (("Key", key), ("Code", code), ("Message", "injected")):
+            ElementTree.SubElement(node, f"{{{NAMESPACE}}}{name}").text = text
+    return Answer(answer.status, ElementTree.tostring(root, encoding="utf-8"), answer.headers)
+
+
+def for_some_keys(code: str | None, effect: bool = False) -> Act:
+    """A 200 in which every third key has this error, or is not mentioned (None)."""
+
+    def act(request: Request, forward: Forward) -> Answer:
+        hit = every_third(request)
+        if effect:
+            answer = forward(request)
+        elif hit == set(keys_of(request)):
+            answer = Answer(200, f'<DeleteResult xmlns="{NAMESPACE}"/>'.encode())
+        else:
+            answer = forward(without(request, hit))
+        return answered(answer, hit, code)
+
+    return act
+
+
+def reordered(change: Callable[[list[bytes]], list[bytes]]) -> Act:
+    """A listing's page with its entries changed."""
+
+    def act(request: Request, forward: Forward) -> Answer | None:
+        answer = forward(request)
+        parts = re.findall(rb"<Contents>.*?</Contents>", answer.body, re.DOTALL)
+        if len(parts) < 2:
+            return None
+        start, end = answer.body.index(parts[0]), answer.body.rindex(parts[-1]) + len(parts[-1])
+        parts = change(parts)
+        body = answer.body[:start] + b"".join(parts) + answer.body[end:]
+        body = re.sub(rb"<KeyCount>\d+", b"<KeyCount>%d" % len(parts), body)
+        return Answer(answer.status, body, answer.headers)
+
+    return act
+
+
+def first_page_again(request: Request, forward: Forward) -> Answer | None:
+    """The listing's first page where a further one was asked for."""
+    if "continuation-token" not in request.query:
+        return None
+    return forward(replace(request, path=re.sub("continuation-token=[^&]*&?", "", request.path)))
+
+
+HTML = b"<html><body>Please sign in</body></html>"
+ANSWERED = ("versioning", "list", "delete", "other")  # by XML; other: the list of versions
+ALL = (*ANSWERED, "delete-one")
+
+# kind → where it can happen, and what it does.
+S3_FAULTS: dict[str, tuple[tuple[str, ...], Act]] = {
+    "500 InternalError": (ALL, instead(500, error("InternalError"))),
+    "503 SlowDown": (ALL, instead(503, error("SlowDown"))),
+    "connection reset before the request took effect": (ALL, reset(effect=False)),
+    "connection reset after the request took effect": (ALL, reset(effect=True)),
+    "200 without a body": (ANSWERED, instead(200)),
+    "200 with HTML": (ALL, instead(200, HTML)),
+    "200 with truncated XML": (ANSWERED, truncated),
+    "connection closed in mid-body": (ANSWERED, cut_short),
+    "204 without effect": (ANSWERED, instead(204)),
+    "204 after the request took effect": (("delete",), instead(204, effect=True)),
+    "InternalError for some keys": (("delete",), for_some_keys("InternalError")),
+    "InternalError for some keys, yet deleted": (("delete",), for_some_keys("InternalError", True)),
+    "SlowDown for some keys": (("delete",), for_some_keys("SlowDown")),
+    "AccessDenied for some keys": (("delete",), for_some_keys("AccessDenied")),
+    "keys missing from the answer": (("delete",), for_some_keys(None)),
+    "keys missing from the answer, yet deleted": (("delete",), for_some_keys(None, True)),
+    "listing page reversed": (("list",), reordered(lambda parts: parts[::-1])),
+    "listing page with a key twice": (("list",), reordered(lambda parts: [*parts, parts[-1]])),
+    "listing page repeated": (("list",), first_page_again),
+}
+
+
+class FaultyS3(S3Proxy):
+    """Before moto: `choose` names the fault, if any, that a request meets.
+
+    `page` makes S3 list at most so many keys at a time, as it may. `latency` is a request's random
+    extra time, in seconds at most. `watch` sees each request before it is answered.
+    """
+
+    def __init__(self, url: str, injected: Counter[tuple[str, str]]) -> None:
+        super().__init__(url)
+        self.choose: Callable[[Request], str | None] = lambda request: None
+        self.watch: Callable[[Request], None] = lambda request: None
+        self.page: int | None = None
+        self.latency = 0.0
+        self._injected, self._busy, self._lock = injected, 0, threading.Lock()
+
+    def answer(self, request: Request) -> Answer:
+        with self._lock:
+            self._busy += 1
+            self.requests.append(request)
+            kind = self.choose(request)
+        try:
+            self.watch(request)
+            time.sleep(random.random() * self.latency)
+            answer = S3_FAULTS[kind][1](request, self.ask) if kind else None
+            if answer is None:
+                return self.ask(request)
+            self._injected["S3 " + request.operation, kind or ""] += 1
+            return copy.copy(answer)
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+    def ask(self, request: Request) -> Answer:
+        """moto's own answer; it echoes a StartAfter as it came, though XML may not carry it."""
+        if self.page and request.operation == "list":
+            most = min(self.page, int(request.query.get("max-keys", ["1000"])[0]))
+            path = re.sub(r"max-keys=\d+", f"max-keys={most}", request.path)
+            request = replace(request, path=path)
+        answer = self._forward(request)
+        if request.operation == "list":
+            answer.body = re.sub(rb"(?s)<StartAfter>.*?</StartAfter>", b"", answer.body)
+        return answer
+
+    def settle(self) -> None:
+        """Wait until all that was asked is answered: a killed client leaves requests behind."""
+        while self._busy:
+            time.sleep(0.01)
+
+
+def scripted(faults: dict[str, Iterable[str]]) -> Callable[[Request], str | None]:
+    """The first requests of each operation meet these faults, one after the other."""
+    left = {operation: deque(kinds) for operation, kinds in faults.items()}
+
+    def choose(request: Request) -> str | None:
+        kinds = left.get(request.operation)
+        return kinds.popleft() if kinds else None
+
+    return choose
+
+
+def always(operation: str, kind: str) -> Callable[[Request], str | None]:
+    return lambda request: kind if request.operation == operation else None
+
+
+def at_random(dice: random.Random, rate: float, most: int) -> Callable[[Request], str | None]:
+    """A share of the requests meets a fault, `most` at most."""
+    left = [most]
+
+    def choose(request: Request) -> str | None:
+        if not left[0] or dice.random() > rate:
+            return None
+        left[0] -= 1
+        kinds = [kind for kind, (where, _) in S3_FAULTS.items() if request.operation in where]
+        return dice.choice(kinds)
+
+    return choose
+
+
+# --- Database -------------------------------------------------------------------------------------
+
+
+class FaultyDatabase(TcpProxy):
+    """Before MariaDB, with its root's means to break things."""
+
+    def __init__(self, box: Sandbox, injected: Counter[tuple[str, str]]) -> None:
+        super().__init__(box.database.port)
+        self._server, self._injected = box.database, injected
+
+    def sql(self, *statements: str) -> Any:
+        """Run statements as the server's root; the rows of the last one."""
+        root = self._server.admin(database=DATABASE, init_command="SET max_statement_time = 0")
+        with root as connection, connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+            return cursor.fetchall()
+
+    def count(self, kind: str) -> None:
+        self._injected["database", kind] += 1
+
+    def break_connections(self) -> None:
+        self.count("connection cut on the wire")
+        self.cut()
+
+    def kill(self, what: str = "CONNECTION") -> None:
+        """KILL CONNECTION or KILL QUERY, for all that the purge has open."""
+        where = f"user = '{USER}'" + (" AND command = 'Query'" if what == "QUERY" else "")
+        for (thread,) in self.sql(f"SELECT id FROM information_schema.processlist WHERE {where}"):
+            with suppress(pymysql.Error):  # it may have ended by itself
+                self.sql(f"KILL {what} {thread}")
+                self.count(f"KILL {what}")
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The server takes no more steps (SIGSTOP)."""
+        self.count("server stops answering (SIGSTOP)")
+        os.kill(self._server.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._server.process.pid, signal.SIGCONT)
+
+    def freeze(self, seconds: float) -> None:
+        with self.frozen():
+            time.sleep(seconds)
+
+    @contextmanager
+    def setting(self, **values: float) -> Iterator[None]:
+        """Global variables of the server, for sessions that begin from now on."""
+        before = {name: self.sql(f"SELECT @@GLOBAL.{name}")[0][0] for name in values}
+        try:
+            for name, value in values.items():
+                self.count(f"{name} = {value:g}")
+                self.sql(f"SET GLOBAL {name} = {value}")
+            yield
+        finally:
+            for name, value in before.items():
+                self.sql(f"SET GLOBAL {name} = {value}")
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """How a run of the script ended, and the bucket before and after it."""
+
+    code: int
+    out: str
+    err: str
+    before: set[str] = field(repr=False)
+    after: set[str] = field(repr=False)
+    # This run's, in the audit log.
+    events: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The one JSON object of `--json`."""
+        (line,) = self.out.splitlines()
+        summary: dict[str, Any] = json.loads(line)
+        return summary
+
+    @property
+    def gone(self) -> set[str]:
+        return self.before - self.after
+
+    def keys(self, event: str) -> list[str]:
+        return [item["key"] for item in self.events if item["event"] == event]
+
+    def counted(self, name: str) -> int:
+        """`planned` or `deleted`, of any reason."""
+        tally = self.summary[name]
+        return int(tally["expired"] + tally["orphan"])
+
+
+def verify(run: Run) -> None:
+    """Bucket, audit log, summary and exit code tell the same story."""
+    assert "Traceback" not in run.err, run.err
+    intended, deleted = set(run.keys("delete")), run.keys("deleted")
+    failed, retained = run.keys("failed"), run.keys("retained")
+    assert run.gone <= intended, "gone without an intent in the log"
+    assert not set(deleted) & run.after, "said to be deleted, but there"
+    ends = deleted + failed + retained
+    assert len(ends) == len(set(ends)), "a key ended twice"
+    if run.code == -signal.SIGKILL:
+        return
+    summary = run.summary
+    assert summary["exit_code"] == run.code
+    clean = summary["error"] is None
+    assert run.code == (0 if not failed else 4) if clean else run.code in (1, 3, 75, 130, 143), run
+    assert intended <= set(ends), "asked for, but not accounted for"
+    assert run.gone <= set(deleted) | set(failed), "gone, but said to be retained"
+    told = (run.counted("deleted"), summary["failed"], summary["retained"])
+    if run.events:
+        assert told == (len(deleted), len(failed), len(retained)), "summary and log differ"
+        assert run.events[-1]["event"] == "end"
+        assert run.events[-1]["exit_code"] == run.code
+    carried_out = summary["mode"] == "purge" and (clean or bool(ends))
+    assert sum(told) == (run.counted("planned") if carried_out else 0), "the sum is wrong"
+    assert summary["max_recheck_age_seconds"] < 60
+
+
+class Forked:
+    """The script in a forked copy of `zygote.py`: like Popen, a third of the CPU of a start."""
+
+    _zygote: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
+
+    def __init__(
+        self, arguments: list[str], environment: dict[str, str], batch: int | None
+    ) -> None:
+        self.returncode: int | None = None
+        self._link = self._start_zygote()
+        self._files = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
+        order = json.dumps([arguments, environment, batch]).encode()
+        socket.send_fds(self._link, [order], [file.fileno() for file in self._files])
+        self._link.settimeout(60)
+        self.pid = int(self._link.recv(64))
+
+    @classmethod
+    def _start_zygote(cls) -> socket.socket:
+        if cls._zygote is None or cls._zygote[1].poll() is not None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "zygote.py"), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+            )
+            theirs.close()
+            cls._zygote = ours, process
+        return cls._zygote[0]
+
+    def poll(self) -> int | None:
+        with suppress(BlockingIOError, TimeoutError):
+            self._await(0)
+        return self.returncode
+
+    def _await(self, seconds: float) -> None:
+        if self.returncode is None:
+            self._link.settimeout(seconds)
+            self.returncode = int(self._link.recv(64))
+
+    def send_signal(self, signum: int) -> None:
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self) -> int | None:
+        self._await(60)
+        return self.returncode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        try:
+            self._await(timeout)
+        except TimeoutError:
+            self.kill()
+            raise
+        for file in self._files:
+            file.seek(0)
+        out, err = (file.read() for file in self._files)
+        return out, err
+
+
+Process = subprocess.Popen[str] | Forked
+
+
+class Scene:
+    """The sandbox behind both fault layers. The purge logs in with a password: an IAM token is
+    signed for the real port, and the way leads through a proxy's.
+
+    `batch` runs the same script with fewer keys in a request, and rows in a commit: many batches
+    without many objects. `fork` starts it from a process that has imported it already.
+    """
+
+    def __init__(self, box: Sandbox, batch: int | None = None, fork: bool = False) -> None:
+        self.box, self.batch, self._fork = box, batch, fork
+        self.injected: Counter[tuple[str, str]] = Counter()
+        self.s3 = FaultyS3(box.s3_url, self.injected)
+        self.db = FaultyDatabase(box, self.injected)
+        self.audit = box.home / "audit.jsonl"
+        self.settings: dict[str, str] = {
+            "AWS_ENDPOINT_URL_S3": self.s3.url,
+            "RETENTION_PURGE_DB_PORT": str(self.db.port),
+            "RETENTION_PURGE_DB_USER": USER,
+            "RETENTION_PURGE_DB_PASSWORD": PASSWORD,
+            "RETENTION_PURGE_MAX_PERCENT": "100",
+        }
+        self._processes: list[Process] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.audit.unlink(missing_ok=True)
+        self._stack.enter_context(self.s3)
+        self._stack.enter_context(self.db)
+        self.db.sql(
+            f"CREATE OR REPLACE USER {USER}@'%' IDENTIFIED BY '{PASSWORD}' REQUIRE SSL",
+            f"GRANT SELECT, DELETE ON {DATABASE}.* TO {USER}@'%'",
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._stack.close()
+
+    def command(self, *arguments: str) -> list[str]:
+        start = [str(SCRIPT)]
+        if self.batch:
+            change = f"rp.BATCH = rp.ROWS_A_COMMIT = {self.batch}"
+            code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import retention_purge as rp; "
+            start = ["-c", f"{code}{change}; rp.main()"]
+        return [sys.executable, *start, *arguments]
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        return self.box.environment | self.settings | settings
+
+    def start(self, *arguments: str, **settings: str) -> Process:
+        arguments = ("--json", "--audit-log", str(self.audit), *arguments)
+        process: Process
+        if self._fork:
+            process = Forked([*arguments], self.environment(**settings), self.batch)
+        else:
+            process = subprocess.Popen(
+                self.command(*arguments),
+                env=self.environment(**settings),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        self._processes.append(process)
+        return process
+
+    def finish(self, process: Process, before: set[str], logged: int, check: bool = True) -> Run:
+        """Wait for a run; what it left, verified. `logged`: bytes in the audit log before it."""
+        out, err = process.communicate(timeout=120)
+        self.s3.settle()
+        after = set(self.box.live_keys())
+        run = Run(process.returncode, out, err, before, after, self.events(logged))
+        if check:
+            verify(run)
+        return run
+
+    def purge(self, *arguments: str, check: bool = True, **settings: str) -> Run:
+        before, logged = set(self.box.live_keys()), self.logged()
+        return self.finish(self.start(*arguments, **settings), before, logged, check)
+
+    def calm(self) -> None:
+        """No more faults."""
+        self.s3.choose, self.s3.watch = lambda request: None, lambda request: None
+        self.s3.latency = 0.0
+        self.db.on_received = lambda total: None
+
+    def logged(self) -> int:
+        return self.audit.stat().st_size if self.audit.exists() else 0
+
+    def events(self, start: int = 0) -> list[dict[str, Any]]:
+        """The events after that byte of the audit log; a cut line is skipped."""
+        found = []
+        for line in self.audit.read_bytes()[start:].splitlines() if self.audit.exists() else []:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+
+def table_of(injected: Counter[tuple[str, str]], runs: int) -> str:
+    """`injected` as a Markdown table, for the README's section "Tested against"."""
+    kinds: dict[str, Counter[str]] = {}
+    for (place, kind), count in injected.items():
+        kinds.setdefault(kind, Counter())[place] += count
+    lines = [f"{runs:,} random schedules.", "", "| what broke | where | times |", "|---|---|---|"]
+    for kind, places in sorted(kinds.items(), key=lambda item: (min(item[1]), item[0])):
+        where = ", ".join(f"{place} {count:,}" for place, count in sorted(places.items()))
+        lines.append(f"| {kind} | {where} | {places.total():,} |")
+    return "\n".join(lines)

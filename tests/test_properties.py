@@ -1,0 +1,51 @@
+"""Random schedules of tables, buckets, policies, writers and faults; see schedules.py.
+
+Seeds 1 to 40; SCHEDULES and SEED in the environment choose others, as in
+
+    SEED=1234 SCHEDULES=1 .venv/bin/python -m pytest tests/test_properties.py
+
+and `tests/soak.py` plays them by the thousand.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+from schedules import History, Model, run_schedule
+
+FIRST, COUNT = int(os.environ.get("SEED", "1")), int(os.environ.get("SCHEDULES", "40"))
+OLD, NEW = "2019-01-01 00:00:00", "2019-05-01 00:00:00"
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+def test_no_schedule_of_faults_makes_the_purge_delete_too_much_or_lie(box, seed):
+    run_schedule(box, seed)
+
+
+def test_the_model_is_the_policy():
+    model = Model("p/", orphans=True, grace_days=7)
+    jobs = [
+        ("1", OLD, "TRIAL", "gone"), ("2", OLD, "TRIAL", "shared"), ("3", NEW, "TRIAL", "shared"),
+        ("4", OLD, "OFFICIAL", "official"), ("5", None, "TRIAL", "open"), ("6", OLD, "TRIAL", ""),
+        ("7", OLD, "TRIAL", "missing"),
+    ]  # fmt: skip
+    young, old = dict.fromkeys(["p/young"], 1), dict.fromkeys(["p/orphan", "outside"], 7)
+    objects = dict.fromkeys(["p/gone", "p/shared", "p/official", "p/open", "gone"], 30)
+    assert model.deletable(jobs, objects | young | old) == {"p/gone", "p/orphan"}
+    assert model.rows_left(jobs) == {"3", "4", "5", "6"}
+
+
+def test_a_key_is_held_only_if_some_job_named_it_at_every_moment():
+    history = History([("1", OLD, "OFFICIAL", "k")])
+    assert history.referred("k", 0, 10, lambda job: True)
+    assert not history.referred("k", 0, 10, lambda job: False)
+    assert not history.referred("other", 0, 10, lambda job: True)
+    history.jobs["1"][0] = history.jobs["1"][0]._replace(until=5)
+    assert not history.referred("k", 0, 10, lambda job: True)
+    second = history.jobs["1"][0]._replace(since=6, until=math.inf)
+    history.jobs["2"] = [second]
+    assert not history.referred("k", 0, 10, lambda job: True)
+    history.jobs["2"] = [second._replace(since=4)]
+    assert history.referred("k", 0, 10, lambda job: True)
