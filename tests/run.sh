@@ -6,4 +6,4 @@ cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy --strict retention_purge.py
-exec "$python" -m pytest -p no:cacheprovider tests "$@"
+exec "$python" -m pytest -p no:cacheprovider -n 2 tests "$@"
