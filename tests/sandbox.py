@@ -96,8 +96,9 @@ def mariadb(home: Path, *options: str) -> Iterator[MariaDB]:
     shutil.chown(home, "mysql", "mysql")
     data = home / "data"
     subprocess.run(
-        f"mariadb-install-db --no-defaults --user=mysql --datadir={data} --skip-test-db"
-        " --auth-root-authentication-method=normal --innodb-log-file-size=8M".split(),
+        f"mariadb-install-db --no-defaults --user=mysql --datadir={data} --tmpdir={home}"
+        " --skip-test-db --auth-root-authentication-method=normal"
+        " --innodb-log-file-size=8M".split(),
         check=True,
         stdout=subprocess.DEVNULL,
     )
