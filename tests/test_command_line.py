@@ -160,3 +160,13 @@ def test_a_reader_that_goes_away_ends_a_dry_run_in_one_line(world: World):
     assert process.wait(60) == 1
     assert "Traceback" not in err
     assert err.splitlines()[-1] == "Error: Cannot print the result: Broken pipe."
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry run", "purge"])
+def test_the_readme_shows_what_the_program_prints(world: World, dry):
+    shown = README.split("```\n$ python retention_purge.py")[1].split("\n```")[0]
+    shown = shown.split("\n\n")[0 if dry else 1]
+    result = world.purge(*AS_OF, *dry)
+    printed = [line for line in result.out.splitlines() if not line.startswith("expired\t")]
+    varying = re.compile(r"^(run|seconds|re-check) .*", re.MULTILINE)
+    assert varying.sub(r"\1", "\n".join(printed)) in varying.sub(r"\1", shown)
