@@ -2060,7 +2060,7 @@ def option(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Call
     "--workers",
     type=click.IntRange(1, 64),
     default=8,
-    help="Concurrent requests to S3.",
+    help="Concurrent DeleteObjects requests; LIST requests may be four times as many.",
 )
 @option(
     "--audit-log",
