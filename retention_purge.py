@@ -2104,8 +2104,11 @@ def main(ctx: click.Context, /, **values: Any) -> None:
         table="" if options.undo else ".".join(options.table),
     )
     ledger = Ledger(report)
-    report.error = outcome(lambda: (undo if options.undo else purge)(options, ledger, stop))
-    stop.defer()
+    try:
+        report.error = outcome(lambda: (undo if options.undo else purge)(options, ledger, stop))
+        stop.defer()
+    except Interrupted as received:  # here, so that no moment of the run is without a catcher
+        report.error = Stopped(received.signum)
     for last in (ledger.end, lambda: show_summary(report, options)):
         error = outcome(last)
         report.error = report.error or error
@@ -2156,8 +2159,6 @@ def outcome(action: Callable[[], None]) -> PurgeError | None:
     except PurgeError as error:
         log.debug("stopped", exc_info=True)
         return error
-    except Interrupted as signal_received:
-        return Stopped(signal_received.signum)
     except Exception as error:
         log.debug("stopped", exc_info=True)
         return PurgeError(one_line(f"Unexpected {type(error).__name__}: {error}. -v shows where."))
