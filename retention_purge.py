@@ -47,7 +47,7 @@ import time
 import uuid
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -55,7 +55,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import partial
-from itertools import chain, islice, pairwise, repeat
+from itertools import chain, compress, islice, pairwise, repeat
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -104,9 +104,10 @@ MAX_SKEW = timedelta(minutes=5)
 CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT = 10, 3600, 40
 # Seconds: a re-check is too old for a request after these.
 MAX_RECHECK_AGE = 50
-# Seconds a batch: a re-check dearer than this serves several batches at once, up to MAX_CHUNK and
-# to CHUNK_BYTES of SQL (the smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
-DEAR_RECHECK, MAX_CHUNK, CHUNK_BYTES = 0.1, 32, 2_000_000
+# Seconds a batch: a re-check that costs more than a quarter of the time that --max-rate gives the
+# batch, within these bounds, serves several batches at once, up to MAX_CHUNK and to CHUNK_BYTES of
+# SQL (the smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
+CHEAP_RECHECK, DEAR_RECHECK, MAX_CHUNK, CHUNK_BYTES = 0.01, 0.1, 32, 2_000_000
 # Job rows deleted in one statement, which is one transaction.
 ROWS_A_COMMIT = 200
 # A key that S3 cannot delete just now is tried this often, each time after a new re-check.
@@ -227,11 +228,11 @@ class S3Object(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A planned delete."""
+    """A planned delete; `size` in bytes, `last_modified` in ISO 8601, as it is printed."""
 
     key: str
     size: int
-    last_modified: datetime
+    last_modified: str
     reason: Reason
     version_id: str | None = None  # in an undo: of the delete marker to remove
 
@@ -291,7 +292,7 @@ class Totals:
 
 Keyed = TypeVar("Keyed", Reference, S3Object)
 
-LISTING = "The bucket's listing"
+LISTING, KEY_LIST = "The bucket's listing", "The job table's sorted key list"
 
 
 def ascending(stream: Iterable[Keyed], source: str) -> Iterator[Keyed]:
@@ -315,11 +316,22 @@ def out_of_order(source: str, key: str, last: str) -> PurgeError:
     )
 
 
+def needed(references: Iterable[Reference], totals: Totals, all_keys: bool) -> Iterator[Reference]:
+    """The references that the rest of the run looks at, in their order: those of expired keys, or
+    all. Keys of remaining jobs are counted here, as most tables have little else."""
+    for reference in ascending(references, KEY_LIST):
+        if not reference.expired:
+            totals.remaining += 1
+            if not all_keys:
+                continue
+        yield reference
+
+
 def outer_join(
     references: Iterable[Reference], objects: Iterable[S3Object]
 ) -> Iterator[tuple[Reference | None, S3Object | None]]:
     """Pair two ascending streams by key, in constant memory; None where a side lacks the key."""
-    names = ascending(references, "The job table's sorted key list")
+    names = ascending(references, KEY_LIST)
     found = ascending(objects, LISTING)
     reference, item = next(names, None), next(found, None)
     while reference is not None or item is not None:
@@ -341,12 +353,11 @@ def plan(
     for reference, item in pairs:
         totals.listed += item is not None
         if reference is not None:
-            totals.remaining += not reference.expired
             totals.missing += reference.expired and item is None
             totals.listed_remaining += not reference.expired and item is not None
         reason = policy.reason(reference, item)
         if reason is not None and item is not None:
-            candidate = Candidate(*item, reason)
+            candidate = Candidate(item.key, item.size, item.last_modified.isoformat(), reason)
             totals.planned.add(candidate)
             yield candidate
 
@@ -613,8 +624,8 @@ def expired_sql(cutoff: datetime) -> str:
     """SQL for "this job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0."""
     moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
     return (
-        f"({text_bytes('`type`')} = 'TRIAL' AND `completedAt` >= '{FIRST_TIMESTAMP}' "
-        f"AND `completedAt` < '{moment}') IS TRUE"
+        f"(`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}' "
+        f"AND {text_bytes('`type`')} = 'TRIAL') IS TRUE"
     )
 
 
@@ -672,6 +683,7 @@ class JobTable:
         self._from = f"FROM {'.'.join(map(quoted, place))}"
         self._expired = expired_sql(cutoff)
         self._charset, self._collation = self._describe()
+        self.indexed = self._is_indexed()
 
     def _describe(self) -> tuple[str, str]:
         """Character set and collation of `sourceData`, after a look at all columns."""
@@ -698,18 +710,31 @@ class JobTable:
             raise DatabaseError(f"{self.name}.sourceData must be a text column to name S3 keys.")
         return charset, collation
 
-    def names(self) -> Iterator[tuple[bytes | None, int]]:
-        """Each distinct `sourceData` in byte order: its UTF-8 bytes, and the number of its jobs,
-        negative if one of them remains.
+    def _is_indexed(self) -> bool:
+        """Whether an index leads with `sourceData`."""
+        rows = query(
+            self._connection,
+            f"Cannot read the indexes of {self.name}",
+            "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = %s "
+            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 LIMIT 1",
+            self._place,
+        )
+        return bool(rows)
+
+    def names(self) -> Iterator[tuple[bytes]]:
+        """Each distinct `sourceData` in byte order: its UTF-8 bytes after a `+`, or after a `-` if
+        one of its jobs remains. For jobs without a name, their number instead.
 
         SQL_BIG_RESULT makes the server sort instead of filling a temporary table keyed by the
         group, five times faster on millions of rows, under any collation and with or without an
-        index. Read it at once: a client that stops reading is cut off after net_write_timeout
-        (60 s), and an open read keeps a snapshot alive.
+        index; one column, as a second costs the client as much again. Read it at once: a client
+        that stops reading is cut off after net_write_timeout (60 s), and an open read keeps a
+        snapshot alive.
         """
         return self._stream(
-            f"SELECT SQL_BIG_RESULT {NAME}, IF(MIN({self._expired}), COUNT(*), -COUNT(*)) "
-            f"{self._from} GROUP BY 1 ORDER BY 1"
+            f"SELECT SQL_BIG_RESULT CAST(IFNULL(CONCAT(IF(MIN({self._expired}), '+', '-'), "
+            f"NULLIF({NAME}, '')), COUNT(*)) AS BINARY) "
+            f"{self._from} GROUP BY {NAME} ORDER BY {NAME}"
         )
 
     def expired_rows(self) -> Iterator[tuple[bytes, str]]:
@@ -729,43 +754,33 @@ class JobTable:
                 if cursor._result is not None:
                     cursor._result.unbuffered_active = False
 
-    def is_indexed(self) -> bool:
-        """Whether an index leads with `sourceData`."""
-        rows = query(
-            self._connection,
-            f"Cannot read the indexes of {self.name}",
-            "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = %s "
-            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 LIMIT 1",
-            self._place,
-        )
-        return bool(rows)
-
-    def referenced(self, names: list[str]) -> tuple[set[str], set[str]]:
-        """Which of `names` a remaining job refers to at this moment, and which any job does.
+    def referenced(self, names: list[str], by_any: bool = False) -> dict[str, bool]:
+        """Those of `names` that a remaining job refers to at this moment: True. With `by_any` also
+        those that only expired jobs refer to: False.
 
         The search finds a superset under any collation, through an index if there is one; the
         bytes are compared here. A name that the column's character set cannot spell becomes
         another in the conversion, which is right: no row can hold it.
         """
-        if self._charset in ROUND_TRIP_CHARSETS:
-            column = "`sourceData`"
-            term = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
-        else:
-            column, term = NAME, "CAST(%s AS BINARY)"
         escaped = self._connection.escape
-        terms = ",".join(term % escaped(text) for text in names)
-        low, high = (f"CAST({escaped(text)} AS BINARY)" for text in (min(names), max(names)))
+        if self.indexed and self._charset in ROUND_TRIP_CHARSETS:
+            column = "`sourceData`"
+            form = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
+            terms = ",".join(form % escaped(text) for text in names)
+        else:  # a scan compares bytes faster
+            column = NAME
+            terms = ",".join(escaped(text.encode()) for text in names)
+        low, high = (escaped(text.encode()) for text in (min(names), max(names)))
         rows = query(
             self._connection,
             f"Cannot re-check references in {self.name}",
             # The range spares a scan most of the comparisons; an index serves the list.
-            f"SELECT DISTINCT {NAME}, {self._expired} {self._from} "
-            f"WHERE {NAME} BETWEEN {low} AND {high} AND {column} IN ({terms})",
+            f"SELECT {NAME}, MAX(NOT {self._expired}) {self._from} "
+            f"WHERE {NAME} BETWEEN {low} AND {high} AND {column} IN ({terms}) "
+            f"{'' if by_any else f'AND NOT {self._expired}'} GROUP BY 1",
         )
         asked = {text.encode(): text for text in names}
-        by_any = {asked[found] for found, _ in rows if found in asked}
-        remaining = {asked[found] for found, expired in rows if found in asked and not expired}
-        return remaining, by_any
+        return {asked[found]: bool(remains) for found, remains in rows if found in asked}
 
     def delete(self, rows: list[JobRow]) -> int:
         """Delete these jobs, if they are as they were read and still expired; how many were."""
@@ -791,14 +806,18 @@ def as_text(name: bytes | None) -> str:
         return ""
 
 
-def references(rows: Iterable[tuple[bytes | None, int]], prefix: str) -> Iterator[Reference]:
+def references(rows: Iterable[tuple[bytes]], prefix: str) -> Iterator[Reference]:
     """The keys that the rows of `JobTable.names` mean; the jobs that mean none are logged."""
     nameless = 0
-    for name, jobs in rows:
-        if text := as_text(name):
-            yield Reference(prefix + text, jobs > 0)
+    for (row,) in rows:
+        try:
+            text = row.decode()
+        except UnicodeDecodeError:  # S3 cannot hold such a key
+            text = "1"
+        if text[0] == "+" or text[0] == "-":
+            yield Reference(prefix + text[1:], text[0] == "+")
         else:
-            nameless += abs(jobs)
+            nameless += int(text)
     if nameless:
         log.warning("%d jobs have no usable sourceData; they name no object", nameless)
 
@@ -817,11 +836,22 @@ class Requests:
 
 
 class Page(NamedTuple):
-    """One ListObjectsV2 answer; `token` continues it, None at the end of the listing."""
+    """One ListObjectsV2 answer by columns, sizes and dates as S3 spells them; `token` continues the
+    listing, None at its end."""
 
-    objects: list[S3Object]
+    keys: list[str]
+    sizes: list[str]
+    dates: list[str]
     token: str | None
     bucket: str
+
+    def objects(self, wanted: Container[str] | None = None) -> list[S3Object]:
+        """The objects of the page, or those with a wanted key: most of a page may not matter."""
+        keys, sizes, dates = self[:3]
+        if wanted is not None:
+            chosen = [key in wanted for key in keys]
+            keys, sizes, dates = (list(compress(column, chosen)) for column in self[:3])
+        return list(map(S3Object, keys, map(int, sizes), map(datetime.fromisoformat, dates)))
 
 
 class Leap(NamedTuple):
@@ -898,13 +928,12 @@ class Bucket:
         with self._counting:
             self._requests.list += 1
         page: Page = answer["Page"]
-        keys = [after] * bool(after) + [item.key for item in page.objects]
-        for last, key in pairwise(keys):
+        for last, key in pairwise(chain([after] if after else [], page.keys)):
             if key <= last:
                 raise out_of_order(LISTING, key, last)
-        for item in page.objects[:1] + page.objects[-1:]:  # in order, so all between as well
-            if not item.key.startswith(self.prefix):
-                raise foreign_listing(self.name, f"the key {printable(item.key)}")
+        for key in page.keys[:1] + page.keys[-1:]:  # in order, so all between as well
+            if not key.startswith(self.prefix):
+                raise foreign_listing(self.name, f"the key {printable(key)}")
         # An access point's ARN or alias is answered with another name.
         if page.bucket != self.name and re.fullmatch(r"(?!.*-s3alias$)[a-z0-9.-]+", self.name):
             raise foreign_listing(self.name, f"the bucket's name {printable(page.bucket)}")
@@ -916,9 +945,9 @@ class Bucket:
         with ThreadPoolExecutor(1) as ahead:
             while page.token is not None:
                 next_page = ahead.submit(self.page, token=page.token)
-                yield from page.objects
+                yield from page.objects()
                 page = next_page.result()
-        yield from page.objects
+        yield from page.objects()
 
     def find(self, keys: Iterable[str]) -> Iterator[S3Object]:
         """Those of the ascending `keys` that exist, leapfrogging over what lies between.
@@ -969,12 +998,10 @@ class Bucket:
     def _leap(self, keys: list[str], after: str, limit: int) -> Leap:
         """One request from the first of `keys`, or from `after` if that is further."""
         page = self.page(max(after, just_before(keys[0])), limit)
-        listed = {item.key: item for item in page.objects}
-        last = page.objects[-1].key if page.token is not None else keys[-1]
+        last = page.keys[-1] if page.token is not None else keys[-1]
         settled = bisect_right(keys, last)
-        found = [listed[key] for key in keys[:settled] if key in listed]
-        passed = len(listed) if settled < len(keys) else bisect_right(list(listed), keys[-1])
-        return Leap(found, settled, passed, last)
+        passed = bisect_right(page.keys, keys[-1])
+        return Leap(page.objects(set(keys[:settled])), settled, passed, last)
 
     def markers(self, key: str) -> dict[str, bool]:
         """The delete markers on a key: version id → whether it is the latest version."""
@@ -1085,8 +1112,11 @@ class InvalidAnswer(Exception):
     """The body is not the answer that S3 documents for the request."""
 
 
+ROOT = re.compile(rb"\s*(?:<\?xml[^>]*\?>\s*)?<([^\s>]+)")
+
+
 def answer_reader(
-    root_tag: str, result: str | None, parse: Callable[[ElementTree.Element, str], Any]
+    root_tag: str, result: str | None, parse: Callable[[bytes], Any]
 ) -> Callable[..., None]:
     """A `before-parse` handler: checks a body, parses it, and spares botocore the work.
 
@@ -1098,14 +1128,15 @@ def answer_reader(
     ) -> None:
         if response_dict["status_code"] >= 300:
             return
+        body = response_dict["body"]
         try:
-            root = ElementTree.fromstring(response_dict["body"])
-            namespace, brace, tag = root.tag.rpartition("}")
+            found = ROOT.match(body)
+            tag = found[1].decode() if found else ""
             if tag == "Error":
                 return  # botocore knows these: S3 answers 200 before it knows that it fails
             if root_tag not in tag:
                 raise InvalidAnswer(f"a <{tag}> instead of a <{root_tag}>")
-            parsed = parse(root, namespace + brace)
+            parsed = parse(body)
         except (ElementTree.ParseError, InvalidAnswer, ValueError) as error:
             response_dict["status_code"] = 500
             response_dict["body"] = (
@@ -1121,61 +1152,87 @@ def answer_reader(
     return read
 
 
-def required(node: ElementTree.Element, path: str) -> str:
-    """The text of a child that must be there."""
-    text = node.findtext(path)
-    if text is None:
-        raise InvalidAnswer(f"no <{path}>")
-    return text
+def element(tag: str, content: str = "[^<]*") -> re.Pattern[str]:
+    return re.compile(f"<{tag}>({content})</{tag}>")
 
 
-def parse_listing(root: ElementTree.Element, ns: str) -> Page:
-    """ListBucketResult → Page. botocore asks for EncodingType=url, so keys are percent-encoded."""
-    keys, sizes, dates = (
-        [node.text or "" for node in root.iter(ns + tag)] for tag in ("Key", "Size", "LastModified")
-    )
-    count = sum(1 for _ in root.iterfind(f"{ns}Contents"))
-    if not len(keys) == len(sizes) == len(dates) == count:
-        raise InvalidAnswer("an object without key, size or date")
-    if root.findtext(f"{ns}EncodingType") == "url":
+MOMENT = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?Z"
+OBJECTS = re.compile("<Contents>.*</Contents>", re.DOTALL)
+COLUMNS = element("Key"), element("Size", "[0-9]+"), element("LastModified", MOMENT)
+
+
+def parse_listing(body: bytes) -> Page:
+    """ListBucketResult → Page. botocore asks for EncodingType=url, so keys are percent-encoded.
+
+    By pattern, in half the time of an XML parser; that the body is whole is seen from its end, from
+    KeyCount, and from every object having each column once.
+    """
+    text = body.decode()
+    if not text.rstrip().endswith("</ListBucketResult>"):
+        raise InvalidAnswer("the end is missing")
+    frame = OBJECTS.sub("", text)
+    keys, sizes, dates = columns = [column.findall(text) for column in COLUMNS]
+    count = int(only("KeyCount", frame))
+    if any(len(column) != count for column in columns) or text.count("<Contents>") != count:
+        raise InvalidAnswer("an object without key, size or date, or not as many as KeyCount says")
+    if "<EncodingType>url</EncodingType>" in frame:
         decode = partial(unquote_plus, errors="strict")
         keys = [decode(key) if "%" in key or "+" in key else key for key in keys]
-    objects = list(map(S3Object, keys, map(int, sizes), map(datetime.fromisoformat, dates)))
-    if int(required(root, f"{ns}KeyCount")) != len(objects):
-        raise InvalidAnswer("KeyCount differs from the number of keys")
-    bucket = required(root, f"{ns}Name")
-    if required(root, f"{ns}IsTruncated") == "false":
-        return Page(objects, None, bucket)
-    if not objects:
+    else:
+        keys = [plain(key) for key in keys]
+    bucket = only("Name", frame)
+    if only("IsTruncated", frame) == "false":
+        return Page(keys, sizes, dates, None, bucket)
+    if not keys:
         raise InvalidAnswer("truncated before the first key")
-    return Page(objects, required(root, f"{ns}NextContinuationToken"), bucket)
+    return Page(keys, sizes, dates, only("NextContinuationToken", frame), bucket)
 
 
-def check_versions(root: ElementTree.Element, ns: str) -> None:
+def only(tag: str, text: str) -> str:
+    """The text of the only element that is called so."""
+    found = element(tag).findall(text)
+    if len(found) != 1:
+        raise InvalidAnswer(f"{len(found)} <{tag}>")
+    return plain(found[0])
+
+
+def plain(text: str) -> str:
+    """Character data without its XML escapes."""
+    return (ElementTree.fromstring(f"<x>{text}</x>").text or "") if "&" in text else text
+
+
+def check_versions(body: bytes) -> None:
     """Whether a ListVersionsResult is one; botocore reads it."""
-    required(root, f"{ns}Name")
-    required(root, f"{ns}IsTruncated")
+    root = tree(body)
+    if root.find("Name") is None or root.find("IsTruncated") is None:
+        raise InvalidAnswer("without name or end")
 
 
-def parse_deletes(root: ElementTree.Element, ns: str) -> list[Verdict]:
+def parse_deletes(body: bytes) -> list[Verdict]:
     """DeleteResult → the verdicts in it."""
     verdicts = []
-    for item in root.iterfind(f"{ns}Deleted"):
-        key, version = required(item, f"{ns}Key"), item.findtext(f"{ns}VersionId")
-        marker = item.findtext(f"{ns}DeleteMarkerVersionId")
-        verdicts.append(Verdict(key, None, "", version, marker))
-    for item in root.iterfind(f"{ns}Error"):
-        key, version = required(item, f"{ns}Key"), item.findtext(f"{ns}VersionId")
-        code, message = required(item, f"{ns}Code"), item.findtext(f"{ns}Message")
-        verdicts.append(Verdict(key, code, message or "", version or None))
+    for item in tree(body):
+        if item.tag not in ("Deleted", "Error"):
+            continue
+        facts = {child.tag: child.text or "" for child in item}
+        code = facts.get("Code", "") if item.tag == "Error" else None
+        if "Key" not in facts or code == "":
+            raise InvalidAnswer(f"<{item.tag}> without key or code")
+        version, marker = facts.get("VersionId") or None, facts.get("DeleteMarkerVersionId")
+        verdicts.append(Verdict(facts["Key"], code, facts.get("Message", ""), version, marker))
     return verdicts
+
+
+def tree(body: bytes) -> ElementTree.Element:
+    """The answer as a tree, its tags without S3's namespace."""
+    return ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", body, count=1))
 
 
 ANSWERS = {
     "ListObjectsV2": answer_reader("ListBucketResult", "Page", parse_listing),
     "DeleteObjects": answer_reader("DeleteResult", "Verdicts", parse_deletes),
     "ListObjectVersions": answer_reader("ListVersionsResult", None, check_versions),
-    "GetBucketVersioning": answer_reader("Versioning", None, lambda *_: None),
+    "GetBucketVersioning": answer_reader("Versioning", None, ElementTree.fromstring),
 }
 
 
@@ -1397,26 +1454,24 @@ class Ledger:
 
     def intend(self, candidates: list[Candidate]) -> None:
         """Put the keys on disk, before their request. Raises PurgeError if that fails."""
-        self._write([self._key_event("delete", item) for item in candidates], sync=True)
+        self._write((self._key_event("delete", item) for item in candidates), sync=True)
         self._check()
 
     def deleted(self, item: Candidate, marker: str | None) -> None:
         self.report.deleted.add(item)
-        recovery = {"version_id": marker} if marker else {}
-        self._write([self._key_event("deleted", item, **recovery)])
+        self._note("deleted", item, {"version_id": marker} if marker else {})
 
     def retained(self, item: Candidate) -> None:
         self.report.retained += 1
         log.info("retained %s: a job refers to it by now", printable(item.key))
-        self._write([self._key_event("retained", item)])
+        self._note("retained", item, {})
 
     def failed(self, item: Candidate, verdict: Verdict) -> None:
         self.report.failed += 1
         if verdict.code != NOT_ATTEMPTED:
             reason = one_line(f"{verdict.code}: {verdict.message}")
             log.error("failed %s: %s", printable(item.key), reason)
-        detail = {"code": verdict.code, "message": verdict.message}
-        self._write([self._key_event("failed", item, **detail)])
+        self._note("failed", item, {"code": verdict.code, "message": verdict.message})
 
     def end(self) -> None:
         """Close the log with the summary. Raises PurgeError if the log has a gap."""
@@ -1424,16 +1479,18 @@ class Ledger:
             self._write([self._event("end", **self.report.as_dict())], sync=True)
             self._check()
 
+    def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
+        self._write(self._key_event(event, each, **more) for each in [item])
+
     def _key_event(self, event: str, item: Candidate, **more: Any) -> dict[str, Any]:
-        modified = item.last_modified.isoformat()
         known = {"key": item.key, "reason": item.reason, "size": item.size}
-        return self._event(event, **known, last_modified=modified, **more)
+        return self._event(event, **known, last_modified=item.last_modified, **more)
 
     def _event(self, event: str, **more: Any) -> dict[str, Any]:
         now = datetime.now(UTC).isoformat()
         return {"event": event, "run_id": self.report.run_id, "time": now} | more
 
-    def _write(self, events: list[dict[str, Any]], sync: bool = False) -> None:
+    def _write(self, events: Iterable[dict[str, Any]], sync: bool = False) -> None:
         """Append whole lines. After a failed write nothing more is: the log ends where it broke."""
         if self._file is None or self._broken is not None:
             return
@@ -1573,6 +1630,8 @@ class Execution:
         self._bucket, self._ledger, self._stop = bucket, ledger, stop
         self._workers, self._in_use = options.workers, in_use
         self._pace = Pace(options.max_rate)
+        share = BATCH / options.max_rate / 4 if options.max_rate else 0
+        self._dear = min(max(CHEAP_RECHECK, share), DEAR_RECHECK)
         self._in_flight: dict[Future[None], Batch] = {}
         self._retries: deque[Batch] = deque()
         self._checked: deque[Batch] = deque()  # free to be sent
@@ -1643,9 +1702,9 @@ class Execution:
             batch.checked = started
             if batch.candidates:
                 self._checked.append(batch)
-        if cost > DEAR_RECHECK * len(chunk):
+        if cost > self._dear * len(chunk):
             self._chunk = min(self._chunk * 2, MAX_CHUNK)
-        elif cost < DEAR_RECHECK * len(chunk) / 4:
+        elif cost < self._dear * len(chunk) / 4:
             self._chunk = max(1, self._chunk // 2)
         return bool(chunk)
 
@@ -1757,19 +1816,19 @@ class InUse:
             return set()
         start, asked = len(self._prefix), time.monotonic()
         names = [item.key[start:] for item in candidates]
-        remaining, by_any = self._jobs.referenced(names)
+        orphans = any(item.reason is Reason.ORPHAN for item in candidates)
+        found = self._jobs.referenced(names, by_any=orphans)
         self._advise(time.monotonic() - asked)
-        users = {Reason.EXPIRED: remaining, Reason.ORPHAN: by_any}
         # A job without a name does not refer to an object that is called like the prefix.
         return {
             item.key
             for item, name in zip(candidates, names, strict=True)
-            if name and name in users[item.reason]
+            if name and (name in found if item.reason is Reason.ORPHAN else found.get(name))
         }
 
     def _advise(self, seconds: float) -> None:
         """Once, if it is so: say which index would help."""
-        if seconds > DEAR_RECHECK and not self._advised and not self._jobs.is_indexed():
+        if seconds > DEAR_RECHECK and not self._advised and not self._jobs.indexed:
             advice = "each scans the table; an index on sourceData would help"
             log.warning("a re-check of %s took %.1f s: %s", self._jobs.name, seconds, advice)
             self._advised = True
@@ -1793,7 +1852,7 @@ def delete_jobs(
     for chunk in chunks(disposable(rows, outer_join(names, still_there)), ROWS_A_COMMIT):
         stop.check()
         shared = [row.name for row, gone in chunk if not gone]
-        remaining = jobs.referenced(shared)[0] if shared else set()
+        remaining = jobs.referenced(shared) if shared else {}
         free = [row for row, gone in chunk if gone or row.name in remaining]
         report.jobs_deleted += jobs.delete(free) if free else 0
 
@@ -1851,7 +1910,7 @@ def recorded_markers(path: Path, bucket: str) -> Iterator[Candidate]:
                             f"{path} is the log of bucket {event['bucket']}, not {bucket}."
                         )
                 elif event["event"] == "deleted" and event.get("version_id", "null") != "null":
-                    modified = datetime.fromisoformat(event["last_modified"])
+                    modified = datetime.fromisoformat(event["last_modified"]).isoformat()
                     known = str(event["key"]), int(event["size"]), modified
                     yield Candidate(*known, Reason(event["reason"]), str(event["version_id"]))
     except OSError as error:
@@ -2236,7 +2295,9 @@ def read_table(
         jobs = JobTable(connection, options.table, policy.cutoff)
         log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
         rows = watched(jobs.names(), "reading references")
-        names = Spool(Reference, references(rows, options.prefix))
+        keys = references(rows, options.prefix)
+        all_keys = options.orphans or options.delete_jobs
+        names = Spool(Reference, needed(keys, report.totals, all_keys))
     return names, policy, list(clock_refusals(host, now, s3_lead))
 
 
@@ -2278,7 +2339,8 @@ def make_plan(
     bucket: Bucket, names: Spool[Reference], policy: Policy, report: Report
 ) -> Spool[Candidate]:
     """List what the policy needs of the bucket, merge it with the references, and keep the plan."""
-    log.info("%d distinct keys in the job table; listing s3://%s", names.count, bucket.name)
+    remaining = report.totals.remaining
+    log.info("read; remaining jobs refer to %d keys; listing s3://%s", remaining, bucket.name)
     objects = bucket.find(expired_keys(names)) if policy.orphans_before is None else bucket.all()
     references = watched(names, "listing", names.count)
     candidates = Spool(Candidate, plan(outer_join(references, objects), policy, report.totals))
@@ -2294,7 +2356,7 @@ def show_plan(candidates: Iterable[Candidate], options: Options) -> None:
     for chunk in chunks(candidates, 1000):
         show(
             "\n".join(
-                f"{item.reason}\t{item.size}\t{item.last_modified.isoformat()}\t{printable(item.key)}"
+                f"{item.reason}\t{item.size}\t{item.last_modified}\t{printable(item.key)}"
                 for item in chunk
             )
         )

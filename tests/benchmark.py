@@ -314,7 +314,8 @@ def read_by_script(place: World) -> tuple[float, int]:
     with closing(login(place)) as connection:
         jobs = rp.JobTable(connection, (DATABASE, "jobs"), CUTOFF)
         start = time.perf_counter()
-        names = rp.Spool(rp.Reference, rp.references(jobs.names(), ""))
+        keys = rp.needed(rp.references(jobs.names(), ""), rp.Totals(), all_keys=False)
+        names = rp.Spool(rp.Reference, keys)
         seconds = time.perf_counter() - start
     with closing(names):
         return seconds, sum(reference.expired for reference in names)

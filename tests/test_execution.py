@@ -115,7 +115,9 @@ def test_every_key_ends_exactly_once(count, seed, moods, workers, versioning, de
         used_ever.update(used)
         return used
 
-    planned = [rp.Candidate(f"k{n:03}", 1, NOW, rp.Reason.EXPIRED) for n in range(count)]
+    planned = [
+        rp.Candidate(f"k{n:03}", 1, NOW.isoformat(), rp.Reason.EXPIRED) for n in range(count)
+    ]
     options: Any = SimpleNamespace(workers=workers, max_rate=0)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
@@ -125,7 +127,8 @@ def test_every_key_ends_exactly_once(count, seed, moods, workers, versioning, de
             "LAST_PAUSE": 0,
         }.items():
             patch.setattr(rp, name, value)
-        patch.setattr(rp, "DEAR_RECHECK", -1 if dear else 10)
+        for bound in ("CHEAP_RECHECK", "DEAR_RECHECK"):
+            patch.setattr(rp, bound, -1 if dear else 10)
         patch.setattr(rp.log, "disabled", True)
         try:
             rp.Execution(bucket, book, stop, options, in_use).run(planned)  # type: ignore[arg-type]

@@ -29,23 +29,18 @@ def policy(grace_days: float | None = None) -> rp.Policy:
     objects=st.dictionaries(KEYS, st.integers(0, 20)),
     shared=st.lists(KEYS, max_size=5),
     grace=st.none() | st.integers(0, 20),
+    rows=st.booleans(),
 )
-def test_plan_is_what_the_rules_say_key_by_key(references, objects, shared, grace):
+def test_plan_is_what_the_rules_say_key_by_key(references, objects, shared, grace, rows):
     for place, key in enumerate(shared):
         references.setdefault(key, place % 2 == 0)
         objects.setdefault(key, place)
     totals = rp.Totals()
     by_bytes = lambda key: key.encode()  # noqa: E731
-    planned = list(
-        rp.plan(
-            rp.outer_join(
-                [rp.Reference(key, references[key]) for key in sorted(references, key=by_bytes)],
-                [item(key, objects[key]) for key in sorted(objects, key=by_bytes)],
-            ),
-            policy(grace),
-            totals,
-        )
-    )
+    names = [rp.Reference(key, references[key]) for key in sorted(references, key=by_bytes)]
+    found = [item(key, objects[key]) for key in sorted(objects, key=by_bytes)]
+    needed = rp.needed(names, totals, all_keys=grace is not None or rows)
+    planned = list(rp.plan(rp.outer_join(needed, found), policy(grace), totals))
     expired = {key for key in objects if references.get(key) is True}
     orphans = {key for key in objects if key not in references and grace is not None}
     orphans = {key for key in orphans if objects[key] > grace}
@@ -64,6 +59,9 @@ def test_a_stream_out_of_order_is_an_error(keys):
         list(rp.outer_join([], [item(key) for key in keys]))
     with pytest.raises(rp.PurgeError, match="job table's sorted key list is out of order"):
         list(rp.outer_join([rp.Reference(key, True) for key in keys], []))
+    kept = (rp.Reference(key, key != "a") for key in keys)
+    with pytest.raises(rp.PurgeError, match="job table's sorted key list is out of order"):
+        list(rp.needed(kept, rp.Totals(), all_keys=False))
 
 
 def test_an_orphan_as_old_as_the_grace_period_stays():

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from bisect import bisect_right
 from collections import Counter
-from datetime import UTC, datetime
 from urllib.parse import unquote
 
 import pytest
@@ -23,7 +22,7 @@ from test_bucket import ODD, PLAIN, expire
 
 import retention_purge as rp
 
-NOW = datetime(2026, 3, 1, tzinfo=UTC)
+MODIFIED = "2026-03-01T00:00:00.000Z"
 
 
 class ListedBucket(rp.Bucket):
@@ -37,8 +36,9 @@ class ListedBucket(rp.Bucket):
     def page(self, after: str = "", limit: int = rp.PAGE, token: str | None = None) -> rp.Page:
         start = bisect_right(self.keys, after)
         self.asked.append(limit)
-        objects = [rp.S3Object(key, 1, NOW) for key in self.keys[start : start + limit]]
-        return rp.Page(objects, "more" if start + limit < len(self.keys) else None, "bucket")
+        keys = self.keys[start : start + limit]
+        token = "more" if start + limit < len(self.keys) else None
+        return rp.Page(keys, ["1"] * len(keys), [MODIFIED] * len(keys), token, "bucket")
 
 
 KEYS = st.text(st.sampled_from("ab\x01\x02\n \U0010ffff\ue000\ud7ff"), min_size=1, max_size=6)
