@@ -22,7 +22,7 @@ from test_bucket import ODD, PLAIN, expire
 
 import retention_purge as rp
 
-MODIFIED = "2026-03-01T00:00:00.000Z"
+MODIFIED = b"2026-03-01T00:00:00.000Z"
 
 
 class ListedBucket(rp.Bucket):
@@ -38,7 +38,7 @@ class ListedBucket(rp.Bucket):
         self.asked.append(limit)
         keys = self.keys[start : start + limit]
         token = "more" if start + limit < len(self.keys) else None
-        return rp.Page(keys, ["1"] * len(keys), [MODIFIED] * len(keys), token, "bucket")
+        return rp.Page(keys, [b"1"] * len(keys), [MODIFIED] * len(keys), token, "bucket")
 
 
 KEYS = st.text(st.sampled_from("ab\x01\x02\n \U0010ffff\ue000\ud7ff"), min_size=1, max_size=6)
