@@ -284,7 +284,8 @@ class Totals:
     """What the merge saw: the plan's size, and what the guards need to know."""
 
     planned: Tally = field(default_factory=Tally)
-    missing: int = 0  # expired keys without an object
+    expired: int = 0  # expired keys
+    missing: int = 0  # of these, without an object
     remaining: int = 0  # distinct keys of remaining jobs
     listed: int = 0  # objects that the listing gave
     listed_remaining: int = 0  # of these, referred to by a remaining job
@@ -317,10 +318,12 @@ def out_of_order(source: str, key: str, last: str) -> PurgeError:
 
 
 def needed(references: Iterable[Reference], totals: Totals, all_keys: bool) -> Iterator[Reference]:
-    """The references that the rest of the run looks at, in their order: those of expired keys, or
-    all. Keys of remaining jobs are counted here, as most tables have little else."""
+    """Count the references; those that the rest of the run looks at, in order: of expired keys, or
+    all. Most of a table is of remaining jobs."""
     for reference in ascending(references, KEY_LIST):
-        if not reference.expired:
+        if reference.expired:
+            totals.expired += 1
+        else:
             totals.remaining += 1
             if not all_keys:
                 continue
@@ -624,8 +627,8 @@ def expired_sql(cutoff: datetime) -> str:
     """SQL for "this job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0."""
     moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
     return (
-        f"(`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}' "
-        f"AND {text_bytes('`type`')} = 'TRIAL') IS TRUE"
+        f"((`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}' "
+        f"AND {text_bytes('`type`')} = 'TRIAL') IS TRUE)"
     )
 
 
@@ -2337,8 +2340,8 @@ def make_plan(
     bucket: Bucket, names: Spool[Reference], policy: Policy, report: Report
 ) -> Spool[Candidate]:
     """List what the policy needs of the bucket, merge it with the references, and keep the plan."""
-    remaining = report.totals.remaining
-    log.info("read; remaining jobs refer to %d keys; listing s3://%s", remaining, bucket.name)
+    totals = report.totals
+    log.info("%d keys are expired, %d stay; listing the bucket", totals.expired, totals.remaining)
     objects = bucket.find(expired_keys(names)) if policy.orphans_before is None else bucket.all()
     references = watched(names, "listing", names.count)
     candidates = Spool(Candidate, plan(outer_join(references, objects), policy, report.totals))

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import re
 import threading
+from datetime import UTC, datetime
+from urllib.parse import quote_plus
+from xml.sax.saxutils import escape
 
 import pytest
 from conftest import AS_OF, World
+from hypothesis import given
+from hypothesis import strategies as st
 from proxies import DROP, Answer, Request, S3Proxy
 from sandbox import BUCKET
+
+import retention_purge as rp
 
 OLD = "2019-01-01 00:00:00"
 # moto's server cannot delete a key with both CR and LF: it answers 404.
@@ -72,6 +79,49 @@ def test_a_large_bucket_is_listed_only_where_expired_keys_lie(world):
 
 # --- Answers that are no answers ------------------------------------------------------------------
 
+OBJECTS = st.dictionaries(
+    st.text(st.sampled_from("ab &<>+%/\"'\t]é\U0001f600"), min_size=1, max_size=9),
+    st.tuples(st.integers(0, 5 << 40), st.datetimes(datetime(2006, 3, 14), datetime(2100, 1, 1))),
+)
+
+
+def listing(objects: dict[str, tuple[int, datetime]], encoded: bool, gap: str) -> bytes:
+    """As S3 writes it, or with whitespace between the elements."""
+    entries = [
+        [
+            f"<Key>{quote_plus(key, safe='/*') if encoded else escape(key)}</Key>",
+            f"<LastModified>{date.isoformat(timespec='milliseconds')}Z</LastModified>",
+            f"<ETag>&quot;{size:x}&quot;</ETag><Size>{size}</Size>",
+        ]
+        for key, (size, date) in objects.items()
+    ]
+    head = ["<Name>b</Name>", "<Prefix/>", f"<KeyCount>{len(entries)}</KeyCount>"]
+    head += ["<EncodingType>url</EncodingType>"] * encoded + ["<IsTruncated>false</IsTruncated>"]
+    whole = [part for entry in entries for part in ("<Contents>", *entry, "</Contents>")]
+    start = '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.test/">'
+    return gap.join([start, *head, *whole, "</ListBucketResult>\n"]).encode()
+
+
+@given(OBJECTS, st.booleans(), st.sampled_from(["", "\n  "]))
+def test_a_listing_is_read_as_it_was_written(objects, encoded, gap):
+    page = rp.parse_listing(listing(objects, encoded, gap))
+    found = {item.key: (item.size, item.last_modified) for item in page.objects()}
+    to_the_millisecond = {
+        key: (size, date.replace(microsecond=date.microsecond // 1000 * 1000, tzinfo=UTC))
+        for key, (size, date) in objects.items()
+    }
+    assert (found, page.token, page.bucket) == (to_the_millisecond, None, "b")
+    some = set(list(objects)[::2])
+    assert [item.key for item in page.objects(some)] == [key for key in objects if key in some]
+
+
+@given(OBJECTS, st.booleans(), st.data())
+def test_a_listing_that_is_cut_is_no_listing(objects, encoded, data):
+    body = listing(objects, encoded, "").rstrip()
+    with pytest.raises((rp.InvalidAnswer, ValueError)):
+        rp.parse_listing(body[: data.draw(st.integers(0, len(body) - 1))])
+
+
 NOT_A_LISTING = {
     "empty": b"",
     "html": b"<html><body>Sign in</body></html>",
@@ -87,6 +137,25 @@ NOT_A_LISTING = {
     "truncated without token": b"<ListBucketResult><Name>b</Name><KeyCount>0</KeyCount>"
     b"<IsTruncated>true</IsTruncated></ListBucketResult>",
 }
+
+
+KEY, SIZE = b"<Key>incoming_000012</Key>", b"<Size>1</Size>"
+DATE = b"<LastModified>2019-01-01T00:00:00.000Z</LastModified>"
+for name, parts in {
+    "an object without key": [SIZE + DATE],
+    "an object without size": [KEY + DATE],
+    "an object without date": [KEY + SIZE],
+    "a size that is none": [KEY + b"<Size>-1</Size>" + DATE],
+    "a date without a zone": [KEY + SIZE + DATE.replace(b"Z", b"")],
+    "two keys in one": [KEY + KEY.replace(b"12", b"13") + 2 * SIZE + 2 * DATE],
+    "more than it counts": 2 * [KEY + SIZE + DATE],
+}.items():
+    NOT_A_LISTING[name] = b"<ListBucketResult><Name>incoming-data</Name><KeyCount>1</KeyCount>"
+    NOT_A_LISTING[name] += b"<IsTruncated>false</IsTruncated><Contents>"
+    NOT_A_LISTING[name] += b"</Contents><Contents>".join(parts) + b"</Contents></ListBucketResult>"
+NOT_A_LISTING["two in one by count"] = NOT_A_LISTING["two keys in one"].replace(
+    b"<KeyCount>1", b"<KeyCount>2"
+)
 
 
 @pytest.mark.parametrize("orphans", [[], ["--orphans"]], ids=["expired", "orphans"])

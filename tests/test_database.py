@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from proxies import TcpProxy
 from sandbox import DATABASE, USER, Certificates, free_port, mariadb
 
+import retention_purge as rp
+
 OLD, NEW = "2019-01-01 00:00:00", "2019-05-01 00:00:00"
 CUTOFF = "2019-03-05 00:00:00"  # 90 days before AS_OF
 TABLES = {
@@ -20,6 +22,7 @@ TABLES = {
     "utf8mb3": "varchar(64) CHARACTER SET utf8mb3 COLLATE utf8mb3_general_ci",
     "latin1": "varchar(64) CHARACTER SET latin1 COLLATE latin1_german1_ci",
     "sjis": "varchar(64) CHARACTER SET sjis",
+    "cp932": "varchar(64) CHARACTER SET cp932",
 }
 
 
@@ -51,7 +54,7 @@ def deleted(world: World, *options: str) -> set[str]:
 @pytest.mark.parametrize("table", TABLES)
 def test_keys_that_only_a_collation_equates_are_different(world, table):
     spellings = ["abc", "ABC", "abc ", "abc  ", "Abc"]
-    if table != "sjis":
+    if table not in ("sjis", "cp932"):
         spellings += ["àbc", "straße", "strasse"]
     jobs = [("TRIAL", OLD, key) for key in spellings]
     kept = [spellings[1], spellings[2]]
@@ -76,6 +79,54 @@ def test_an_index_on_the_key_changes_nothing(world, table):
         columns(TABLES[table], more=", KEY (sourceData)"),
     )
     assert deleted(world) == {"abc"}
+
+
+CODECS = {"latin1": "cp1252", "sjis": "shift_jis", "cp932": "cp932"}
+SPELLINGS = ["abc ", "\ud7ff", "\ue000", "日本", "≒", "жук", "ゃ", "や", "😀", "àbc"]
+SPELLINGS += ["abc", "ABC", "Abc", "a", "straße", "strasse", "Straße", "it's", "a\\b", 'a"b']
+SPELLINGS += ["%", "a%", "_", "~", "?", "??"]
+STRANGERS = {"Abc", "abc ", "strasse", "や", "?"}
+
+
+def spellable(name: str, table: str) -> bool:
+    """Whether a row of that table can hold the name."""
+    try:
+        name.encode(CODECS.get(table, "utf-8"))
+    except UnicodeEncodeError:
+        return False
+    return table != "utf8mb3" or max(name) <= "\uffff"
+
+
+@pytest.mark.parametrize("key", ["", ", KEY (sourceData)"], ids=["scan", "index"])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_re_check_finds_the_jobs_of_its_names_and_no_others(world, table, key):
+    stored = [name for name in SPELLINGS if spellable(name, table) and name not in STRANGERS]
+    kinds = [[("TRIAL", OLD)], [("OFFICIAL", OLD)], [("TRIAL", OLD), ("TRIAL", NEW)]]
+    jobs = [
+        (f"{number}-{type_}-{done}", done, type_, name)
+        for number, name in enumerate(stored)
+        for type_, done in kinds[number % 3]
+    ]
+    world.box.load(jobs, [], columns(TABLES[table], more=key))
+    remains = {name: number % 3 > 0 for number, name in enumerate(stored)}
+    with world.box.database.admin(database=DATABASE) as connection:
+        for statement in rp.SESSION:
+            connection.cursor().execute(statement)
+        # 81E0 and 8790 are the same character: so may a client of that character set write it.
+        other = "UPDATE ndvr_job_status SET sourceData = _cp932 x'8790' WHERE sourceData = '≒'"
+        connection.cursor().execute(other if table == "cp932" else "DO 0")
+        place = DATABASE, "ndvr_job_status"
+        table_ = rp.JobTable(connection, place, datetime.fromisoformat(f"{CUTOFF}Z"))
+        assert table_.indexed == bool(key)
+        first, *between, last = sorted(SPELLINGS)
+        for asked in [
+            SPELLINGS,
+            *([name] for name in SPELLINGS),
+            *([first, n, last] for n in between),
+        ]:
+            found = {name: remains[name] for name in asked if name in remains}
+            assert table_.referenced(asked, by_any=True) == found
+            assert table_.referenced(asked) == {name: True for name in found if found[name]}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_plan_is_what_the_rules_say_key_by_key(references, objects, shared, grac
     assert totals.planned.bytes == sum(len(key) for key in expired | orphans)
     assert totals.missing == sum(e and key not in objects for key, e in references.items())
     assert totals.remaining == sum(not e for e in references.values())
+    assert totals.expired == sum(references.values())
     assert totals.listed == len(objects)
 
 
