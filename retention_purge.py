@@ -687,6 +687,8 @@ class JobTable:
         self._expired = expired_sql(cutoff)
         self._charset, self._collation = self._describe()
         self.indexed = self._is_indexed()
+        # A scan costs the same for one batch and for many, an index costs what is asked of it.
+        self.max_chunk = 1 if self.indexed else MAX_CHUNK
 
     def _describe(self) -> tuple[str, str]:
         """Character set and collation of `sourceData`, after a look at all columns."""
@@ -719,7 +721,8 @@ class JobTable:
             self._connection,
             f"Cannot read the indexes of {self.name}",
             "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = %s "
-            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 LIMIT 1",
+            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 "
+            "AND INDEX_TYPE = 'BTREE' LIMIT 1",
             self._place,
         )
         return bool(rows)
@@ -734,6 +737,13 @@ class JobTable:
         that stops reading is cut off after net_write_timeout (60 s), and an open read keeps a
         snapshot alive.
         """
+        doing = f"Cannot read {self.name}"
+        ((length,),) = query(self._connection, doing, "SELECT @@max_sort_length")
+        if length < KEY_BYTES:
+            raise DatabaseError(
+                f"{doing}: the server would take names for one another whose first {length} bytes "
+                f"are the same. Set its max_sort_length to {KEY_BYTES}, the default."
+            )
         return self._stream(
             f"SELECT SQL_BIG_RESULT CAST(IFNULL(CONCAT(IF(MIN({self._expired}), '+', '-'), "
             f"NULLIF({NAME}, '')), COUNT(*)) AS BINARY) "
@@ -1031,7 +1041,7 @@ class Bucket:
             )
         undo = candidates[0].version_id is not None
         verdicts: dict[tuple[str, str | None], Verdict] = {}
-        for verdict in answer["Verdicts"]:
+        for verdict in sorted(answer["Verdicts"], key=lambda verdict: verdict.code is not None):
             verdicts[verdict.key, verdict.version_id if undo else None] = verdict
         silent = "S3's answer does not mention the key"
         return [
@@ -1176,12 +1186,10 @@ def parse_listing(body: bytes) -> Page:
     count = int(only("KeyCount", frame))
     if any(len(column) != count for column in columns) or body.count(b"<Contents>") != count:
         raise InvalidAnswer("an object without key, size or date, or not as many as KeyCount says")
-    keys = list(map(bytes.decode, raw))
+    keys = list(map(plain, map(bytes.decode, raw)))
     if b"<EncodingType>url</EncodingType>" in frame:
         decode = partial(unquote_plus, errors="strict")
         keys = [decode(key) if "%" in key or "+" in key else key for key in keys]
-    else:
-        keys = [plain(key) for key in keys]
     bucket = only("Name", frame)
     if only("IsTruncated", frame) == "false":
         return Page(keys, sizes, dates, None, bucket)
@@ -1227,7 +1235,10 @@ def parse_deletes(body: bytes) -> list[Verdict]:
 
 def tree(body: bytes) -> ElementTree.Element:
     """The answer as a tree, its tags without S3's namespace."""
-    return ElementTree.fromstring(re.sub(b' xmlns="[^"]*"', b"", body, count=1))
+    root = ElementTree.fromstring(body)
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2]
+    return root
 
 
 ANSWERS = {
@@ -1482,7 +1493,8 @@ class Ledger:
             self._check()
 
     def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
-        self._write(self._key_event(event, each, **more) for each in [item])
+        if self._file is not None:
+            self._write([self._key_event(event, item, **more)])
 
     def _key_event(self, event: str, item: Candidate, **more: Any) -> dict[str, Any]:
         known = {"key": item.key, "reason": item.reason, "size": item.size}
@@ -1616,7 +1628,7 @@ class Execution:
 
     A batch waits nowhere between its re-check and its request: first a free worker is awaited, then
     the table is asked, then the request leaves. A key that S3 cannot delete just now goes through
-    all of that again. Where a re-check is dear (no index), one serves several batches.
+    all of that again. Where a re-check is dear, one serves several batches, up to `max_chunk`.
 
     `in_use` tells which keys of some candidates must stay, at this moment.
     """
@@ -1628,6 +1640,7 @@ class Execution:
         stop: StopSignals,
         options: Options,
         in_use: Callable[[list[Candidate]], set[str]],
+        max_chunk: int = 1,
     ) -> None:
         self._bucket, self._ledger, self._stop = bucket, ledger, stop
         self._workers, self._in_use = options.workers, in_use
@@ -1637,7 +1650,7 @@ class Execution:
         self._in_flight: dict[Future[None], Batch] = {}
         self._retries: deque[Batch] = deque()
         self._checked: deque[Batch] = deque()  # free to be sent
-        self._chunk, self._most = 1, MAX_CHUNK  # batches in the next re-check
+        self._chunk, self._most = 1, max_chunk  # batches in the next re-check
 
     def run(self, candidates: Iterable[Candidate]) -> None:
         """Each candidate ends as exactly one of deleted, failed, retained in the ledger.
@@ -1674,12 +1687,10 @@ class Execution:
                 self._settle(FIRST_COMPLETED)  # it may have to be retried
 
     def _drop_stale(self) -> None:
-        """Re-checks that have grown too old are done again, fewer batches at a time."""
+        """Re-checks that have grown too old are done again."""
         if self._checked and time.monotonic() - self._checked[0].checked > MAX_RECHECK_AGE:
             self._retries.extend(self._checked)
             self._checked.clear()
-            self._most = max(1, self._chunk // 2)
-            self._chunk = min(self._chunk, self._most)
 
     def _recheck(self, source: Iterator[Batch]) -> bool:
         """Ask which keys of the next batches are in use by now; False if no batch is left."""
@@ -1719,7 +1730,7 @@ class Execution:
             if batch is None:
                 return
             yield batch
-            size += sum(len(item.key.encode()) + 64 for item in batch.candidates)
+            size += sum(2 * len(item.key.encode()) + 64 for item in batch.candidates)
 
     def _find_lost_answers(self, batch: Batch) -> None:
         """In a versioned bucket, find out which keys an earlier try has deleted after all.
@@ -2277,7 +2288,7 @@ def purge(options: Options, ledger: Ledger, stop: StopSignals) -> None:
             jobs = JobTable(live, options.table, policy.cutoff)
             in_use = InUse(jobs, options.prefix)
             todo = watched(candidates, "deleting", candidates.count)
-            Execution(bucket, ledger, stop, options, in_use).run(todo)
+            Execution(bucket, ledger, stop, options, in_use, jobs.max_chunk).run(todo)
             if options.delete_jobs:
                 rows = read_expired_rows(options, server, policy.cutoff, stop)
                 stack.callback(rows.close)

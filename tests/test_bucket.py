@@ -85,24 +85,30 @@ OBJECTS = st.dictionaries(
 )
 
 
-def listing(objects: dict[str, tuple[int, datetime]], encoded: bool, gap: str) -> bytes:
-    """As S3 writes it, or with whitespace between the elements."""
+# The characters that a server leaves to XML when it percent-encodes keys; None if it does not.
+ENCODED = st.sampled_from([None, "/*", "/*'&<>\"]"])
+
+
+def listing(objects: dict[str, tuple[int, datetime]], encoded: str | None, gap: str) -> bytes:
+    """As S3 writes it, or Ceph, or with whitespace between the elements."""
+    quotes = {"'": "&apos;", '"': "&quot;"}
     entries = [
         [
-            f"<Key>{quote_plus(key, safe='/*') if encoded else escape(key)}</Key>",
+            f"<Key>{escape(key if encoded is None else quote_plus(key, encoded), quotes)}</Key>",
             f"<LastModified>{date.isoformat(timespec='milliseconds')}Z</LastModified>",
             f"<ETag>&quot;{size:x}&quot;</ETag><Size>{size}</Size>",
         ]
         for key, (size, date) in objects.items()
     ]
     head = ["<Name>b</Name>", "<Prefix/>", f"<KeyCount>{len(entries)}</KeyCount>"]
-    head += ["<EncodingType>url</EncodingType>"] * encoded + ["<IsTruncated>false</IsTruncated>"]
+    head += ["<EncodingType>url</EncodingType>"] * (encoded is not None)
+    head += ["<IsTruncated>false</IsTruncated>"]
     whole = [part for entry in entries for part in ("<Contents>", *entry, "</Contents>")]
     start = '<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.test/">'
     return gap.join([start, *head, *whole, "</ListBucketResult>\n"]).encode()
 
 
-@given(OBJECTS, st.booleans(), st.sampled_from(["", "\n  "]))
+@given(OBJECTS, ENCODED, st.sampled_from(["", "\n  "]))
 def test_a_listing_is_read_as_it_was_written(objects, encoded, gap):
     page = rp.parse_listing(listing(objects, encoded, gap))
     found = {item.key: (item.size, item.last_modified) for item in page.objects()}
@@ -115,11 +121,34 @@ def test_a_listing_is_read_as_it_was_written(objects, encoded, gap):
     assert [item.key for item in page.objects(some)] == [key for key in objects if key in some]
 
 
-@given(OBJECTS, st.booleans(), st.data())
+@given(OBJECTS, ENCODED, st.data())
 def test_a_listing_that_is_cut_is_no_listing(objects, encoded, data):
     body = listing(objects, encoded, "").rstrip()
     with pytest.raises((rp.InvalidAnswer, ValueError)):
         rp.parse_listing(body[: data.draw(st.integers(0, len(body) - 1))])
+
+
+@pytest.mark.parametrize("prefix", ["", "s3:"])
+@pytest.mark.parametrize("space", ['="u:s3"', "='u:s3'", ' =\n"u:s3"'])
+def test_verdicts_are_read_whatever_their_namespace_looks_like(prefix, space):
+    name = f"xmlns:{prefix[:-1]}" if prefix else "xmlns"
+    key = '<Key>a xmlns="b" &amp; c</Key>'
+    inner = f"<Deleted>{key}</Deleted><Error>{key}<Code>SlowDown</Code></Error>"
+    inner = re.sub(r"<(/?)(?=[A-Z])", rf"<\1{prefix}", inner)
+    body = f"<{prefix}DeleteResult {name}{space}>{inner}</{prefix}DeleteResult>"
+    verdicts = [rp.Verdict('a xmlns="b" & c', code) for code in (None, "SlowDown")]
+    assert rp.parse_deletes(body.encode()) == verdicts
+
+
+@pytest.mark.parametrize("refused_first", [True, False])
+def test_a_key_that_is_answered_twice_is_deleted_only_if_both_say_so(world, proxy, refused_first):
+    refused = b"<Error><Key>k</Key><Code>AccessDenied</Code></Error>"
+    parts = [refused, b"<Deleted><Key>k</Key></Deleted>"][:: 1 if refused_first else -1]
+    expire(world, ["k"])
+    answer = Answer(200, b"<DeleteResult>%b</DeleteResult>" % b"".join(parts))
+    proxy.before = lambda request: answer if request.operation == "delete" else None
+    result = world.purge(*AS_OF, "--json")
+    assert (result.code, result.summary["failed"]) == (4, 1)
 
 
 NOT_A_LISTING = {

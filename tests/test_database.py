@@ -193,6 +193,19 @@ def test_a_time_zone_of_the_server_does_not_move_the_cutoff(world):
             cursor.execute("SET GLOBAL time_zone = 'SYSTEM'")
 
 
+def test_a_server_that_sorts_by_the_first_bytes_alone_is_refused(world):
+    load(world, [("TRIAL", OLD, "a" * 64)], columns(TABLES["bin"]))
+    with world.box.database.admin() as connection:
+        connection.cursor().execute("SET GLOBAL max_sort_length = 64")
+        try:
+            result = world.purge(*AS_OF)
+        finally:
+            connection.cursor().execute("SET GLOBAL max_sort_length = DEFAULT")
+    assert result.code == 1
+    assert "Set its max_sort_length to 1024" in result.error
+    assert world.box.live_keys() == ["a" * 64]
+
+
 def test_a_prefix_is_put_before_every_name_and_bounds_the_listing(world):
     world.box.load(
         [("1", OLD, "TRIAL", "a"), ("2", OLD, "OFFICIAL", "b"), ("3", OLD, "TRIAL", "../x")],

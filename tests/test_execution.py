@@ -131,7 +131,7 @@ def test_every_key_ends_exactly_once(count, seed, moods, workers, versioning, de
             patch.setattr(rp, bound, -1 if dear else 10)
         patch.setattr(rp.log, "disabled", True)
         try:
-            rp.Execution(bucket, book, stop, options, in_use).run(planned)  # type: ignore[arg-type]
+            rp.Execution(bucket, book, stop, options, in_use, 8).run(planned)  # type: ignore[arg-type]
             finished = True
         except (rp.PurgeError, ZeroDivisionError):
             finished = False

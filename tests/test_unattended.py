@@ -224,8 +224,8 @@ def test_re_checks_are_by_batch_unless_they_are_dear(world, rows, index, by_batc
     )
     before = selects(world.box)
     result = world.purge(*AS_OF, "--json", "--workers", "2")
-    # Besides: two descriptions of the table and of its indexes, clock, keys, read_only, lock.
-    rechecks = selects(world.box) - before - 8
+    # Besides: two looks at the table and its indexes, clock, sort length, keys, read_only, lock.
+    rechecks = selects(world.box) - before - 9
     assert result.summary["deleted"]["expired"] == 12_000
     assert 0 < result.summary["max_recheck_age_seconds"] < 60
     if by_batch:
