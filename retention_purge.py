@@ -293,7 +293,7 @@ class Totals:
 
 Keyed = TypeVar("Keyed", Reference, S3Object)
 
-LISTING, KEY_LIST = "The bucket's listing", "The job table's sorted key list"
+LISTING = "The bucket's listing"
 
 
 def ascending(stream: Iterable[Keyed], source: str) -> Iterator[Keyed]:
@@ -317,24 +317,11 @@ def out_of_order(source: str, key: str, last: str) -> PurgeError:
     )
 
 
-def needed(references: Iterable[Reference], totals: Totals, all_keys: bool) -> Iterator[Reference]:
-    """Count the references; those that the rest of the run looks at, in order: of expired keys, or
-    all. Most of a table is of remaining jobs."""
-    for reference in ascending(references, KEY_LIST):
-        if reference.expired:
-            totals.expired += 1
-        else:
-            totals.remaining += 1
-            if not all_keys:
-                continue
-        yield reference
-
-
 def outer_join(
     references: Iterable[Reference], objects: Iterable[S3Object]
 ) -> Iterator[tuple[Reference | None, S3Object | None]]:
     """Pair two ascending streams by key, in constant memory; None where a side lacks the key."""
-    names = ascending(references, KEY_LIST)
+    names = ascending(references, "The spooled key list")
     found = ascending(objects, LISTING)
     reference, item = next(names, None), next(found, None)
     while reference is not None or item is not None:
@@ -819,20 +806,32 @@ def as_text(name: bytes | None) -> str:
         return ""
 
 
-def references(rows: Iterable[tuple[bytes]], prefix: str) -> Iterator[Reference]:
-    """The keys that the rows of `JobTable.names` mean; the jobs that mean none are logged."""
-    nameless = 0
+def references(
+    rows: Iterable[tuple[bytes]], prefix: str, totals: Totals, all_keys: bool
+) -> Iterator[Reference]:
+    """What the rows of `JobTable.names` mean, counted: the expired keys, or all. Most of a table is
+    of remaining jobs. Raises PurgeError where a name does not follow the one before it."""
+    nameless, last = 0, b""
     for (row,) in rows:
-        try:
-            text = row.decode()
-        except UnicodeDecodeError:  # S3 cannot hold such a key
-            text = "1"
-        if text[0] == "+" or text[0] == "-":
-            yield Reference(prefix + text[1:], text[0] == "+")
+        mark, name = row[:1], row[1:]
+        if mark != b"+" and mark != b"-":
+            nameless += int(row)
+            continue
+        if name <= last:
+            raise out_of_order("The job table's name list", as_text(name), as_text(last))
+        last = name
+        expired = mark == b"+"
+        if expired:
+            totals.expired += 1
         else:
-            nameless += int(text)
+            totals.remaining += 1
+        if expired or all_keys:
+            try:
+                yield Reference(prefix + name.decode(), expired)
+            except UnicodeDecodeError:
+                continue  # S3 cannot hold such a key
     if nameless:
-        log.warning("%d jobs have no usable sourceData; they name no object", nameless)
+        log.warning("%d jobs have no sourceData; they name no object", nameless)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2307,9 +2306,9 @@ def read_table(
         jobs = JobTable(connection, options.table, policy.cutoff)
         log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
         rows = watched(jobs.names(), "reading references")
-        keys = references(rows, options.prefix)
         all_keys = options.orphans or options.delete_jobs
-        names = Spool(Reference, needed(keys, report.totals, all_keys))
+        keys = references(rows, options.prefix, report.totals, all_keys)
+        names = Spool(Reference, keys)
     return names, policy, list(clock_refusals(host, now, s3_lead))
 
 

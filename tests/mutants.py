@@ -66,7 +66,7 @@ MUTANTS = [
     ("one expired job is enough", "MAX(NOT {self._expired})", "MIN(NOT {self._expired})", "re_check_finds"),
     ("re-check by collation", "if found in asked}", "}", "re_check_finds"),
     ("re-check of odd characters by index", "if self.indexed and self._charset in ROUND_TRIP_CHARSETS:", "if self.indexed:", "re_check_finds"),
-    ("remaining keys out of order", "for reference in ascending(references, KEY_LIST):", "for reference in references:", "out_of_order"),
+    ("remaining keys out of order", "        if name <= last:\n", "        if False:\n", "out_of_order"),
     ("remaining keys forgotten by orphans", "all_keys = options.orphans or options.delete_jobs", "all_keys = options.delete_jobs", "orphans"),
     ("remaining keys forgotten by rows", "all_keys = options.orphans or options.delete_jobs", "all_keys = options.orphans", "rows or delete_jobs"),
     ("no re-check of a retry", "            used = self._in_use([item for batch in chunk for item in batch.candidates])", "            used = self._in_use([item for batch in chunk for item in batch.candidates if not batch.tries])", "checked_again"),

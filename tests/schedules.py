@@ -258,8 +258,12 @@ class Draw:
         return options + ["--delete-jobs"] * self.delete_jobs
 
     def load(self, box: Sandbox) -> None:
-        collation = self.dice.choice(["general_ci", "bin", "unicode_ci"])
-        box.load(self.jobs, [], COLUMNS.replace("general_ci", collation))
+        columns = COLUMNS.replace(
+            "general_ci", self.dice.choice(["general_ci", "bin", "unicode_ci"])
+        )
+        if self.dice.random() < 0.5:  # the re-check then asks in another way
+            columns = columns.replace("NOT NULL)", "NOT NULL, KEY (sourceData))")
+        box.load(self.jobs, [], columns)
         if self.versioned:
             status = {"Status": "Enabled"}
             box.s3().put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration=status)

@@ -174,7 +174,7 @@ def test_empty_and_null_names_name_nothing_and_are_counted_in_the_log(world):
     jobs = [("TRIAL", OLD, ""), ("TRIAL", OLD, None), ("TRIAL", OLD, None), ("TRIAL", OLD, "gone")]
     load(world, jobs, columns(TABLES["general_ci"]))
     result = world.purge(*AS_OF, "--prefix", "", "--json")
-    assert "3 jobs have no usable sourceData" in result.err
+    assert "3 jobs have no sourceData" in result.err
     assert result.summary["deleted"]["expired"] == 1
 
 

@@ -37,9 +37,12 @@ def test_plan_is_what_the_rules_say_key_by_key(references, objects, shared, grac
         objects.setdefault(key, place)
     totals = rp.Totals()
     by_bytes = lambda key: key.encode()  # noqa: E731
-    names = [rp.Reference(key, references[key]) for key in sorted(references, key=by_bytes)]
+    names = [
+        ((b"+" if references[key] else b"-") + key.encode(),)
+        for key in sorted(references, key=by_bytes)
+    ]
     found = [item(key, objects[key]) for key in sorted(objects, key=by_bytes)]
-    needed = rp.needed(names, totals, all_keys=grace is not None or rows)
+    needed = rp.references(names, "", totals, all_keys=grace is not None or rows)
     planned = list(rp.plan(rp.outer_join(needed, found), policy(grace), totals))
     expired = {key for key in objects if references.get(key) is True}
     orphans = {key for key in objects if key not in references and grace is not None}
@@ -58,11 +61,20 @@ def test_plan_is_what_the_rules_say_key_by_key(references, objects, shared, grac
 def test_a_stream_out_of_order_is_an_error(keys):
     with pytest.raises(rp.PurgeError, match="bucket's listing is out of order"):
         list(rp.outer_join([], [item(key) for key in keys]))
-    with pytest.raises(rp.PurgeError, match="job table's sorted key list is out of order"):
+    with pytest.raises(rp.PurgeError, match="spooled key list is out of order"):
         list(rp.outer_join([rp.Reference(key, True) for key in keys], []))
-    kept = (rp.Reference(key, key != "a") for key in keys)
-    with pytest.raises(rp.PurgeError, match="job table's sorted key list is out of order"):
-        list(rp.needed(kept, rp.Totals(), all_keys=False))
+    rows = [(f"{'-' if key == 'a' else '+'}{key}".encode(),) for key in keys]
+    with pytest.raises(rp.PurgeError, match="job table's name list is out of order"):
+        list(rp.references(rows, "p/", rp.Totals(), all_keys=False))
+
+
+def test_names_that_are_no_key_are_no_reference(caplog):
+    rows = [(b"12",), (b"++",), (b"+5",), (b"-6",), (b"+\xff",)]
+    totals = rp.Totals()
+    found = list(rp.references(rows, "p/", totals, all_keys=False))
+    assert found == [rp.Reference("p/+", True), rp.Reference("p/5", True)]
+    assert totals.remaining == 1
+    assert "12 jobs have no sourceData" in caplog.text
 
 
 def test_an_orphan_as_old_as_the_grace_period_stays():
