@@ -300,6 +300,7 @@ NOT_A_DELETE_RESULT = {
     "cut": b"<DeleteResult><Deleted><Key>incom",
     "a listing": b"<ListBucketResult></ListBucketResult>",
     "silent": b"<DeleteResult></DeleteResult>",
+    "another root": b"<Result><Deleted><Key>incoming_000011</Key></Deleted></Result>",
     "foreign": b"<DeleteResult><Deleted><Key>another</Key></Deleted></DeleteResult>",
 }
 

@@ -103,6 +103,9 @@ def test_a_page_out_of_order_is_noticed_by_the_leapfrog_too(world, proxy):
             answer.body = answer.body.replace(b"".join(parts), b"".join(parts[::-1]))
         return answer
 
+    expire(world, ["k5"])  # alone, it is in order
+    for n in range(10):
+        world.box.put(f"k{n}")
     proxy.after = after
     result = world.purge(*AS_OF)
     assert result.code == 1
