@@ -1649,7 +1649,7 @@ class Execution:
         self._in_flight: dict[Future[None], Batch] = {}
         self._retries: deque[Batch] = deque()
         self._checked: deque[Batch] = deque()  # free to be sent
-        self._chunk, self._most = 1, max_chunk  # batches in the next re-check
+        self._chunk, self._max_chunk = 1, max_chunk  # batches in the next re-check
 
     def run(self, candidates: Iterable[Candidate]) -> None:
         """Each candidate ends as exactly one of deleted, failed, retained in the ledger.
@@ -1716,7 +1716,7 @@ class Execution:
             if batch.candidates:
                 self._checked.append(batch)
         # Were the cost a scan's, whatever is asked, then so many would make it cheap enough.
-        self._chunk = max(1, min(int(cost / self._dear), self._most))
+        self._chunk = max(1, min(int(cost / self._dear), self._max_chunk))
         return bool(chunk)
 
     def _take(self, source: Iterator[Batch]) -> Iterator[Batch]:

@@ -394,7 +394,7 @@ def never_too_much(scene: Scene, draw: Draw, history: History, run: Run) -> None
     The re-check took place before the intent was logged, no longer ago than the run admits; of a
     run that was killed, within 5 seconds (no re-check of so small a table takes long).
     """
-    age = 5.0 if run.code == -signal.SIGKILL else run.summary["max_recheck_age_seconds"] + 0.01
+    age = run.summary["max_recheck_age_seconds"] + 0.01 if run.out else 5.0
     for event in run.events:
         if event["event"] != "delete":
             continue
