@@ -673,7 +673,8 @@ class JobTable:
         self._from = f"FROM {'.'.join(map(quoted, place))}"
         self._expired = expired_sql(cutoff)
         self._charset, self._collation = self._describe()
-        self.indexed = self._is_indexed()
+        # Whether a re-check can use an index.
+        self.indexed = self._charset in ROUND_TRIP_CHARSETS and self._is_indexed()
         # A scan costs the same for one batch and for many, an index costs what is asked of it.
         self.max_chunk = 1 if self.indexed else MAX_CHUNK
 
@@ -763,7 +764,7 @@ class JobTable:
         another in the conversion, which is right: no row can hold it.
         """
         escaped = self._connection.escape
-        if self.indexed and self._charset in ROUND_TRIP_CHARSETS:
+        if self.indexed:
             column = "`sourceData`"
             form = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
             terms = ",".join(form % escaped(text) for text in names)

@@ -64,7 +64,7 @@ MUTANTS = [
     ("re-check for expired jobs alone", "f'AND NOT {self._expired}'} GROUP", "f'AND {self._expired}'} GROUP", "inserted_after"),
     ("one expired job is enough", "MAX(NOT {self._expired})", "MIN(NOT {self._expired})", "re_check_finds"),
     ("re-check by collation", "if found in asked}", "}", "re_check_finds"),
-    ("re-check of odd characters by index", "if self.indexed and self._charset in ROUND_TRIP_CHARSETS:", "if self.indexed:", "re_check_finds"),
+    ("re-check of odd characters by index", "self._charset in ROUND_TRIP_CHARSETS and self._is_indexed()", "self._is_indexed()", "re_check_finds"),
     ("remaining keys out of order", "        if name <= last:\n", "        if False:\n", "out_of_order"),
     ("remaining keys forgotten by orphans", "all_keys = options.orphans or options.delete_jobs", "all_keys = options.delete_jobs", "orphans"),
     ("remaining keys forgotten by rows", "all_keys = options.orphans or options.delete_jobs", "all_keys = options.orphans", "rows or delete_jobs"),

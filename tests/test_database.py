@@ -117,7 +117,7 @@ def test_a_re_check_finds_the_jobs_of_its_names_and_no_others(world, table, key)
         connection.cursor().execute(other if table == "cp932" else "DO 0")
         place = DATABASE, "ndvr_job_status"
         table_ = rp.JobTable(connection, place, datetime.fromisoformat(f"{CUTOFF}Z"))
-        assert table_.indexed == bool(key)
+        assert table_.indexed == (bool(key) and table not in ("sjis", "cp932"))
         first, *between, last = sorted(SPELLINGS)
         for asked in [
             SPELLINGS,
