@@ -7,9 +7,12 @@ A job table in MySQL names the objects: the key of a job's source data is `prefi
     remaining job   every other row: OFFICIAL, not completed, unknown type; when in doubt, keep
     expired key     referred to by at least one expired job and by no remaining job
     orphan          an object that no job refers to at all, older than the grace period
+    missing         an expired key without an object
+    dangling        a key of a remaining job without an object: reported, never acted on
 
-Deleted are expired keys and, if asked for, orphans. Everything else stays, for ever. Keys are
-compared as bytes, the way S3 compares them, whatever the collation of the table says.
+Deleted are the objects of expired keys and, if asked for, orphans and the rows of expired jobs.
+Everything else stays, for ever. Keys are compared as bytes, the way S3 compares them, whatever the
+collation of the table says. Whatever cannot be read whole is an error, never "nothing there".
 
 The run, in order; any error before step 6 ends it with nothing deleted:
 
@@ -18,60 +21,63 @@ The run, in order; any error before step 6 ends it with nothing deleted:
     3. the bucket's listing, which S3 sorts by the same bytes, is merged with it
     4. the merge writes the plan, a second spool file
     5. guards may refuse the plan; a dry run prints it and ends
-    6. batch by batch: ask the table again whether a job refers to a key, write the others to the
-       audit log, delete them, account for every single key
-    7. if asked for, delete the rows of expired jobs whose object is seen to be gone
+    6. round by round: ask the table again whether the keys may still go, write them to the audit
+       log, delete them, account for every single one, then delete the job rows if asked for
 
-Order of this file: constants, errors, policy and merge (pure), spool files, MySQL, S3, execution,
-report, command line.
+The way of a key, in file order: Reference (what the table says of it) -> outer_join ->
+Policy.reason -> Candidate in the plan -> refusals -> Bucket._leave (the age of its re-check, as the
+signed request leaves) -> Bucket.delete -> Ledger.deleted; in between, Rounds: _recheck (may_go) ->
+_send (intent, request) -> _settle. Of the cutoff: Policy -> expired_sql -> JobTable, the same text
+in each statement. Of a Ctrl-C: Stop -> Interrupted, at once while the run only reads, else before
+the next request -> Rounds._round accounts for what is in flight -> main -> Ledger.end -> exit 130.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import ipaddress
 import json
 import logging
 import os
-import pickle
+import queue
 import random
 import re
 import signal
+import socket
+import sqlite3
 import ssl
 import sys
-import tempfile
 import threading
 import time
 import uuid
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager, suppress
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from functools import partial
-from itertools import chain, compress, islice, pairwise, repeat
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from unicodedata import normalize
 from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 import boto3
 import click
 import pymysql
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as NoConnection
 from pymysql.cursors import SSCursor
 
 if TYPE_CHECKING:
-    from click._termui_impl import ProgressBar
     from types_boto3_s3 import S3Client
 
     Connection = pymysql.Connection[pymysql.cursors.Cursor]
@@ -81,121 +87,127 @@ Record = TypeVar("Record", bound=tuple[Any, ...])
 
 log = logging.getLogger("retention_purge")
 
+VERSION = "2.0.0"
 CA_BUNDLE_URL = "https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem"
 DEFAULT_CA_BUNDLE = Path(__file__).resolve().parent / "rds-ca-bundle.pem"
-PASSWORD_VARIABLE = "RETENTION_PURGE_DB_PASSWORD"
+VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
 
-# Keys in one ListObjectsV2 answer, and in one DeleteObjects request (S3 API reference).
-PAGE = BATCH = 1000
-# Bytes of UTF-8 in an object key (S3 user guide, "Creating object key names").
-KEY_BYTES = 1024
+# Keys in one ListObjectsV2 answer and in one DeleteObjects request (S3 API reference); bytes of
+# UTF-8 in an object key (S3 user guide, "Creating object key names").
+PAGE, BATCH, KEY_BYTES = 1000, 1000, 1024
 # The smallest TIMESTAMP (MySQL manual, "The DATE, DATETIME, and TIMESTAMP Types"). The zero date
 # `0000-00-00` sorts below it: such a job is not completed.
 FIRST_TIMESTAMP = "1970-01-01 00:00:01"
-
-# A page with fewer wanted keys is not worth its parsing: each key is sought by itself. A seek lists
-# SEEK objects, to notice where wanted keys lie densely; a worker does SEEKS of them at a time.
-SPARSE, SEEK, SEEKS = 25, 10, 2
-
-# Clocks of this host, the database and S3 may differ by this much.
+# Without --orphans, a page with fewer wanted keys is not worth its parsing: each key is sought by
+# itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
+SPARSE, SEEK = 25, 10
+# Keys of remaining jobs that are looked for where all expired keys are missing.
+SAMPLE = 50
+# The clocks of this host, the database and S3 may differ by this much.
 MAX_SKEW = timedelta(minutes=5)
-
-# Seconds. The grouped query may sort for minutes before its first row; a re-check may not.
-CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT = 10, 3600, 40
-# Seconds: a re-check is too old for a request after these.
-MAX_RECHECK_AGE = 50
-# Seconds a batch: a re-check that costs more than a quarter of the time that --max-rate gives the
-# batch, within these bounds, serves several batches at once, up to MAX_CHUNK and to CHUNK_BYTES of
-# SQL (the smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
-CHEAP_RECHECK, DEAR_RECHECK, MAX_CHUNK, CHUNK_BYTES = 0.01, 0.1, 32, 2_000_000
-# Job rows deleted in one statement, which is one transaction.
-ROWS_A_COMMIT = 200
-# A key that S3 cannot delete just now is tried this often, each time after a new re-check.
-ATTEMPTS = 5
-# Seconds: the first pause after a retryable failure, doubled with each further one up to the last.
-FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0
-
+# Seconds. A login and a re-check may not take long; the grouped query may sort for an hour before
+# its first row. A row lock is awaited for less than the read timeout, or a DELETE given up here
+# would take effect there. The longer a delete is awaited, the rarer one that S3 carries out later.
+CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT, LOCK_TIMEOUT = 10, 3600, 40, 8
+LIST_TIMEOUT, DELETE_TIMEOUT = 30, 60
+# Seconds: a request whose re-check is older does not leave the machine; a re-check that takes
+# longer than DEAR is worth the advice to make an index.
+MAX_RECHECK_AGE, DEAR_RECHECK = 30, 0.5
+# Without an index a re-check scans the table, whatever is asked, so that one serves a long round:
+# what --max-rate lets out in these seconds, up to so many keys and so many bytes of SQL (the
+# smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
+ROUND_SECONDS, ROUND_KEYS, ROUND_BYTES = 10, 30 * BATCH, 2_000_000
+# Job rows read at a time, and deleted in one statement, which is one transaction.
+ROWS, ROWS_A_COMMIT = 5000, 200
+# A key that S3 cannot delete just now is tried so often, each time after a new re-check, after a
+# pause (in seconds) that doubles with each failure.
+ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 5, 0.1, 10.0
 # Character sets from whose text UTF-8 comes back unchanged, so that a key converted to them finds
-# its row. Others (sjis, gbk, …) spell some characters in two ways: their keys are sought by scan.
-ROUND_TRIP_CHARSETS = {"ascii", "latin1", "utf8", "utf8mb3", "utf8mb4"}
-
-# The code, ours, of planned keys that a stopped run did not come to.
-NOT_ATTEMPTED = "NotAttempted"
-
+# its row (others, such as sjis and gbk, spell some characters in two ways), and Python's for them.
+CHARSETS = {"ascii": "ascii", "latin1": "cp1252"}
+CHARSETS |= dict.fromkeys(("utf8", "utf8mb3", "utf8mb4"), "utf-8")
 # XML 1.0 cannot carry these (W3C, production 2); a carriage return comes back as a line feed.
 # A key with one of them goes by single DeleteObject, where it stands percent-encoded in the URL.
 NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
 # S3's codes that a later try may not meet (S3 API reference, "List of error codes"), and HTTP's.
-RETRYABLE = {
-    "SlowDown",
-    "ServiceUnavailable",
-    "InternalError",
-    "RequestTimeout",
-    "OperationAborted",
-    "500",
-    "502",
-    "503",
-    "504",
-    "InvalidAnswer",  # ours: the body is not the answer to the request
-    "NoAnswer",  # ours: a key that the answer does not mention, or no answer at all
-}
+# The first say that nothing was done, after the others the delete may take effect yet. Ours are
+# NotSent, InvalidAnswer (the body answers no such request), NoAnswer (to a key, or at all).
+UNDONE = {"SlowDown", "ServiceUnavailable", "503", "NotSent"}
+DOUBTFUL = {"InternalError", "RequestTimeout", "OperationAborted", "500", "502", "504"}
+DOUBTFUL |= {"InvalidAnswer", "NoAnswer"}
 
 
 # ---------------------------------------------------------------------------------------------
-# Errors: one line that says what to do, and an exit code
+# Errors and stop signals
 # ---------------------------------------------------------------------------------------------
 
 
 class PurgeError(click.ClickException):
-    """An operation failed, and the run with it."""
+    """The run failed: one line that says what to do, an exit code. `code` is S3's, or ours."""
 
     exit_code = 1
 
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(" ".join(message.split()))
+        self.code = code
+
 
 class UsageError(PurgeError):
-    """The call itself is wrong."""
-
-    exit_code = 2
+    exit_code = 2  # the call itself is wrong
 
 
 class Refused(PurgeError):
-    """A guard stopped the run before the first delete."""
-
-    exit_code = 3
+    exit_code = 3  # a guard stopped the run before the first delete
 
 
 class Locked(PurgeError):
-    """Another run works on the same bucket, prefix and table (75: EX_TEMPFAIL of sysexits.h)."""
-
-    exit_code = 75
+    exit_code = 75  # another run is at work (EX_TEMPFAIL of sysexits.h)
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came. Not an Exception: libraries catch those, and try again."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
+    """A stop signal came. Not an Exception: libraries catch those, and try again."""
 
 
-class Stopped(PurgeError):
-    """The run was interrupted: exit code 128 + the signal's number, as shells have it."""
+class Stop:
+    """SIGHUP, SIGINT, SIGTERM. The first ends the run in order, a second one at once.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"Stopped by {signal.Signals(signum).name}; run again to finish the work.")
-        self.exit_code = 128 + signum  # type: ignore[misc]
+    While the run only reads, the signal raises Interrupted where it arrives. After `note` it is
+    only noted, and `check` raises where all that is in flight can be accounted for.
+    """
 
+    def __init__(self) -> None:
+        self.received, self._raises = 0, True  # the signal's number
+        every = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+        self._heeded = [each for each in every if signal.getsignal(each) is not signal.SIG_IGN]
 
-class DatabaseError(PurgeError):
-    """MySQL could not be reached, refused, or broke off."""
+    def listen(self) -> None:
+        """From now on, but for what is ignored (nohup); the caller catches Interrupted."""
+        for signum in self._heeded:
+            signal.signal(signum, self._receive)
 
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        for each in self._heeded:
+            signal.signal(each, signal.SIG_DFL)
+        self.received = signum
+        if self._raises:
+            raise Interrupted
 
-class BucketError(PurgeError):
-    """S3 could not be reached, refused, or gave no proper answer. `code` is S3's or ours."""
+    def check(self) -> None:
+        if self.received:
+            raise Interrupted
 
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message)
-        self.code = code
+    def note(self) -> None:
+        self._raises = False
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within, a signal raises at once again: one noted before, too."""
+        self._raises = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,34 +218,40 @@ class BucketError(PurgeError):
 
 
 class Reason(StrEnum):
-    """Why an object may go."""
+    """Why a key is in the plan. Of the last two only expired job rows may go, not the object."""
 
     EXPIRED = "expired"
     ORPHAN = "orphan"
+    MISSING = "missing"  # an expired key without an object
+    SHARED = "shared"  # a key of expired jobs that remaining jobs refer to as well
+
+
+OF_OBJECTS = {Reason.EXPIRED, Reason.ORPHAN}
 
 
 class Reference(NamedTuple):
-    """A key that the job table names; `expired` if every job that refers to it is expired."""
+    """A key that `jobs` rows of the job table refer to, `expired` of them being expired jobs."""
 
     key: str
-    expired: bool
+    jobs: int
+    expired: int
 
 
 class S3Object(NamedTuple):
-    """An object in the bucket; `size` in bytes, `last_modified` aware UTC."""
+    """An object in the bucket; size (bytes) and moment (ISO 8601) as S3 spells them."""
 
     key: str
-    size: int
-    last_modified: datetime
+    size: str
+    last_modified: str
 
 
 class Candidate(NamedTuple):
     """A planned delete; `size` in bytes, `last_modified` in ISO 8601, as it is printed."""
 
     key: str
-    size: int
-    last_modified: str
-    reason: Reason
+    reason: str  # a Reason
+    size: int = 0
+    last_modified: str = ""
     version_id: str | None = None  # in an undo: of the delete marker to remove
 
 
@@ -242,21 +260,38 @@ class Policy:
     """The rules, frozen for the run; all times aware UTC.
 
     A job completed before `cutoff` (not at it) is expired. An orphan last modified before
-    `orphans_before` may go; None keeps all orphans.
+    `orphans_before` may go; None keeps all orphans. `rows`: expired job rows may go, too.
     """
 
     cutoff: datetime
+    prefix: str = ""
     orphans_before: datetime | None = None
+    rows: bool = False
 
     def reason(self, reference: Reference | None, found: S3Object | None) -> Reason | None:
-        """Why this object may go, or None if it stays (or is not there)."""
-        if found is None:
-            return None
+        """Why this key belongs in the plan, or None if it does not."""
         if reference is not None:
-            return Reason.EXPIRED if reference.expired else None
-        if self.orphans_before is not None and found.last_modified < self.orphans_before:
-            return Reason.ORPHAN
-        return None
+            if not reference.expired:
+                return None
+            if reference.expired < reference.jobs:
+                return Reason.SHARED if self.rows else None
+            if found is not None:
+                return Reason.EXPIRED
+            return Reason.MISSING if self.rows else None
+        if found is None or self.orphans_before is None or found.key == self.prefix:
+            return None  # a console's "folder" is called like the prefix: it is nobody's data
+        modified = datetime.fromisoformat(found.last_modified)
+        return Reason.ORPHAN if modified < self.orphans_before else None
+
+
+def may_go(reason: str, found: Reference | None) -> bool:
+    """Whether an object may still go, by what the re-check found of its key.
+
+    An expired key whose rows have vanished since may not: they may come back (a reload).
+    """
+    if reason == Reason.ORPHAN:
+        return found is None
+    return found is not None and found.expired == found.jobs > 0
 
 
 @dataclass
@@ -268,10 +303,8 @@ class Tally:
     bytes: int = 0
 
     def add(self, candidate: Candidate) -> None:
-        if candidate.reason is Reason.EXPIRED:
-            self.expired += 1
-        else:
-            self.orphan += 1
+        self.expired += candidate.reason == Reason.EXPIRED
+        self.orphan += candidate.reason == Reason.ORPHAN
         self.bytes += candidate.size
 
     @property
@@ -281,120 +314,108 @@ class Tally:
 
 @dataclass
 class Totals:
-    """What the merge saw: the plan's size, and what the guards need to know."""
+    """What the references and the merge told: the plan's size, and what the guards must know."""
 
     planned: Tally = field(default_factory=Tally)
+    jobs: int = 0  # rows of the table
+    expired_jobs: int = 0  # of these, expired and naming an object
     expired: int = 0  # expired keys
     missing: int = 0  # of these, without an object
     remaining: int = 0  # distinct keys of remaining jobs
+    dangling: int = 0  # of these, without an object, where all are looked for
     listed: int = 0  # objects that the listing gave
-    listed_remaining: int = 0  # of these, referred to by a remaining job
+    known: int = 0  # of these, referred to by any job
+    doubtful: int = 0  # orphans kept for their name
 
 
-Keyed = TypeVar("Keyed", Reference, S3Object)
-
-LISTING = "The bucket's listing"
+Pair = tuple[Reference | None, S3Object | None]
 
 
-def ascending(stream: Iterable[Keyed], source: str) -> Iterator[Keyed]:
-    """The same stream; raises PurgeError where a key does not follow the one before it.
+def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> Iterator[Pair]:
+    """Pair two ascending streams by key, in constant memory; None where a side lacks the key.
 
-    The merge is right only for sorted streams. Out of order, it would take a referenced object for
-    an orphan.
+    Raises PurgeError where the listing does not ascend: a referenced object would pass for an
+    orphan.
     """
-    last: str | None = None
-    for item in stream:
-        if last is not None and item.key <= last:
-            raise out_of_order(source, item.key, last)
-        last = item.key
-        yield item
-
-
-def out_of_order(source: str, key: str, last: str) -> PurgeError:
-    return PurgeError(
-        f"{source} is out of order: {printable(key)} came after {printable(last)}. Nothing can be "
-        "concluded from it, so nothing more is deleted."
-    )
-
-
-def outer_join(
-    references: Iterable[Reference], objects: Iterable[S3Object]
-) -> Iterator[tuple[Reference | None, S3Object | None]]:
-    """Pair two ascending streams by key, in constant memory; None where a side lacks the key."""
-    names = ascending(references, "The spooled key list")
-    found = ascending(objects, LISTING)
+    names, found, last = iter(references), iter(objects), ""
     reference, item = next(names, None), next(found, None)
     while reference is not None or item is not None:
         if item is None or (reference is not None and reference.key < item.key):
             yield reference, None
             reference = next(names, None)
-        elif reference is None or item.key < reference.key:
+            continue
+        if item.key <= last:
+            raise out_of_order("bucket's listing", item.key, last)
+        last = item.key
+        if reference is None or item.key < reference.key:
             yield None, item
-            item = next(found, None)
         else:
             yield reference, item
-            reference, item = next(names, None), next(found, None)
+            reference = next(names, None)
+        item = next(found, None)
+
+
+def out_of_order(source: str, key: str, last: str) -> PurgeError:
+    places = f"{printable(key)} came after {printable(last)}"
+    return PurgeError(f"The {source} is out of order: {places}. Nothing more is deleted.")
 
 
 def plan(
-    pairs: Iterable[tuple[Reference | None, S3Object | None]], policy: Policy, totals: Totals
+    pairs: Iterable[Pair], policy: Policy, totals: Totals, is_doubtful: Callable[[str], bool]
 ) -> Iterator[Candidate]:
-    """The objects that may go, in key order; `totals` grows as the plan is drawn."""
+    """What may go, in key order; `totals` grows as the plan is drawn.
+
+    `is_doubtful` tells the keys of orphans that a job may mean, though it spells them otherwise.
+    """
     for reference, item in pairs:
-        totals.listed += item is not None
-        if reference is not None:
-            totals.missing += reference.expired and item is None
-            totals.listed_remaining += not reference.expired and item is not None
+        if item is not None:
+            totals.listed += 1
+            totals.known += reference is not None
+        elif reference is not None and reference.expired == reference.jobs:
+            totals.missing += 1
+        else:
+            totals.dangling += 1
         reason = policy.reason(reference, item)
-        if reason is not None and item is not None:
-            candidate = Candidate(item.key, item.size, item.last_modified.isoformat(), reason)
+        if reason is Reason.ORPHAN and item is not None and is_doubtful(item.key):
+            totals.doubtful += 1
+        elif reason in OF_OBJECTS and item is not None:
+            modified = datetime.fromisoformat(item.last_modified).isoformat()
+            candidate = Candidate(item.key, reason, int(item.size), modified)
             totals.planned.add(candidate)
             yield candidate
+        elif reason is not None and reference is not None:
+            yield Candidate(reference.key, reason)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The guards' settings; `max_objects` None is no limit."""
-
-    max_objects: int | None
-    max_percent: float
-    orphans: bool
-
-
-def refusals(totals: Totals, limits: Limits) -> Iterator[str]:
+def refusals(
+    totals: Totals, policy: Policy, max_objects: int | None, max_percent: float
+) -> Iterator[str]:
     """Why this plan must not be carried out; nothing if it may."""
-    planned = totals.planned.objects
-    if limits.max_objects is not None and planned > limits.max_objects:
-        yield f"{planned} objects would be deleted, more than --max-objects {limits.max_objects}"
-    shares = [(planned + totals.remaining, "keys that are planned or belong to remaining jobs")]
-    if limits.orphans:
-        shares.append((totals.listed, "objects in the listing"))
-    for whole, name in shares:
-        if not planned <= whole * limits.max_percent / 100:  # so that NaN refuses
-            yield (
-                f"{planned} of {whole} {name} would be deleted ({100 * planned / whole:.1f} %), "
-                f"more than --max-percent {limits.max_percent:g}"
-            )
-    if limits.orphans and totals.remaining and not totals.listed_remaining:
+    planned, orphans = totals.planned.objects, policy.orphans_before is not None
+    if max_objects is not None and planned > max_objects:
+        yield f"{planned} objects would be deleted, more than --max-objects {max_objects}"
+    whole = planned + totals.remaining
+    shares = [(planned, whole, "keys that are planned or belong to remaining jobs")]
+    shares += [(planned, totals.listed, "objects in the listing")] * orphans
+    shares += [(totals.expired_jobs, totals.jobs, "job rows")] * policy.rows
+    for part, whole, name in shares:
+        if part > whole * max_percent / 100:
+            share = f"{part} of {whole} {name} would be deleted ({100 * part / whole:.1f} %)"
+            yield f"{share}, more than --max-percent {max_percent:g}"
+    if orphans and not totals.known and (totals.listed or totals.jobs):
         yield (
-            f"--orphans, but none of the {totals.remaining} keys of remaining jobs is among the "
-            f"{totals.listed} objects listed: --bucket, --prefix or --db-table must be wrong"
+            f"--orphans, but none of the {totals.listed} objects listed is referred to by any of "
+            f"the {totals.jobs} jobs: --bucket, --prefix or --db-table must be wrong"
         )
 
 
-def clock_refusals(host: datetime, database: datetime, s3_lead: timedelta) -> Iterator[str]:
-    """Why the clocks cannot be trusted, if they are more than MAX_SKEW apart.
-
-    `host` and `database` were read at the same moment; `s3_lead` is S3's clock less the host's.
-    """
-    clocks = {"this host": timedelta(), "the database": database - host, "S3": s3_lead}
-    low, high = min(clocks, key=clocks.__getitem__), max(clocks, key=clocks.__getitem__)
-    apart = clocks[high] - clocks[low]
-    if apart > MAX_SKEW:
-        yield (
-            f"the clock of {high} is {apart.total_seconds():.0f} seconds ahead of that of {low}, "
-            f"more than {MAX_SKEW.total_seconds():.0f}: set the clocks"
-        )
+def clock_refusals(database: timedelta, s3: timedelta) -> Iterator[str]:
+    """Why the clocks cannot be trusted; given is by how much these lead this host's."""
+    clocks = [(timedelta(), "this host"), (database, "the database"), (s3, "S3")]
+    (behind, slow), _, (ahead, fast) = sorted(clocks)
+    if ahead - behind > MAX_SKEW:
+        apart = f"{(ahead - behind).total_seconds():.0f} seconds ahead of that of {slow}"
+        yield f"the clock of {fast} is {apart}, more than {MAX_SKEW}: set the clocks"
 
 
 def just_before(key: str) -> str:
@@ -429,41 +450,75 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-class Spool(Generic[Record]):
-    """Records on disk, in an unnamed file in TMPDIR: written once, read as often as needed.
+def together(streams: Collection[Iterable[T]]) -> Iterator[T]:
+    """The items of some streams in no order, each drawn in a thread of its own, some ahead. Raises
+    what they raise."""
+    results: queue.Queue[list[T] | BaseException | None] = queue.Queue(len(streams))
 
-    Memory holds one chunk per reader, and the file vanishes with the process, whatever ends it. A
-    chunk is stored by columns, which pickle writes several times faster than records.
-
-    Raises PurgeError when the disk is full.
-    """
-
-    def __init__(self, record: Callable[..., Record], records: Iterable[Record]) -> None:
-        self._record = record
-        self.count = 0
+    def draw(stream: Iterable[T]) -> None:
         try:
-            self._file = tempfile.TemporaryFile(prefix="retention_purge-")  # noqa: SIM115
-            for chunk in chunks(records, 1000):
-                pickle.dump(list(zip(*chunk, strict=True)), self._file, pickle.HIGHEST_PROTOCOL)
-                self._file.flush()
-                self.count += len(chunk)
-        except OSError as error:
-            raise PurgeError(
-                f"Cannot write a spool file: {error.strerror}. Free some space in TMPDIR, or point "
-                "TMPDIR elsewhere."
-            ) from error
+            for chunk in chunks(stream, 200):
+                results.put(chunk)
+            results.put(None)
+        except BaseException as error:
+            results.put(error)
+
+    for stream in streams:
+        threading.Thread(target=draw, args=(stream,), daemon=True).start()
+    left = len(streams)
+    while left:
+        result = results.get()
+        if isinstance(result, BaseException):
+            raise result
+        left -= result is None
+        yield from result or ()
+
+
+def scratch(table: str) -> sqlite3.Connection:
+    """A private database with one table, in an unnamed file in TMPDIR: it vanishes with the
+    process, whatever ends it. Memory holds 2 MB of it at most (SQLite's default cache)."""
+    database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    for statement in ("PRAGMA journal_mode = OFF", "BEGIN", f"CREATE TABLE {table}"):
+        database.execute(statement)
+    return database
+
+
+class Spool(Generic[Record]):
+    """Records on disk: written once, then read in order as often as needed, or one by its place;
+    safe to read from several threads."""
+
+    def __init__(self, record: type[Record], records: Iterable[Record]) -> None:
+        self._make: Callable[[Iterable[Any]], Record] = record._make  # type: ignore[attr-defined]
+        fields: tuple[str, ...] = record._fields  # type: ignore[attr-defined]
+        self._database = scratch(f"spool ({','.join(fields)})")
+        marks = ",".join("?" for _ in fields)
+        self._database.executemany(f"INSERT INTO spool VALUES ({marks})", records)
+        ((self._count,),) = self._database.execute("SELECT COUNT(*) FROM spool")
+
+    def __len__(self) -> int:
+        return int(self._count)
 
     def __iter__(self) -> Iterator[Record]:
-        position, left = 0, self.count
-        while left:
-            self._file.seek(position)  # each reader has a place of its own
-            columns = pickle.load(self._file)
-            position = self._file.tell()
-            left -= len(columns[0])
-            yield from map(self._record, *columns)
+        return map(self._make, self._database.execute("SELECT * FROM spool ORDER BY key"))
 
-    def close(self) -> None:
-        self._file.close()
+    def slice(self, start: int, end: int) -> Iterator[Record]:
+        """The records from one place up to before another."""
+        query = "SELECT * FROM spool WHERE rowid > ? AND rowid <= ? ORDER BY rowid"
+        return map(self._make, self._database.execute(query, (start, end)))
+
+    def __getitem__(self, place: int) -> Record:
+        query = "SELECT * FROM spool WHERE rowid = ?"
+        return self._make(self._database.execute(query, (place + 1,)).fetchone())
+
+    def has(self, key: str) -> bool:
+        """Whether a record has this key, if they ascend by it."""
+        place = bisect_left(self, key, key=key_of)
+        return place < len(self) and key_of(self[place]) == key
+
+
+def key_of(record: Any) -> str:
+    key: str = record.key
+    return key
 
 
 # ---------------------------------------------------------------------------------------------
@@ -471,82 +526,66 @@ class Spool(Generic[Record]):
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Server:
-    """Where the job table is, and how to log in. `token` makes an IAM token; see `connect`."""
-
-    host: str
-    port: int
-    user: str
-    database: str
-    ca_bundle: Path | None
-    token: Callable[[], str]
-
-
-def connect(server: Server, read_timeout: int) -> Connection:
-    """Log in; a secret leaves the machine only over TLS with certificate and host name verified.
-
-    The secret is an IAM token, made now (it lives 15 minutes), or RETENTION_PURGE_DB_PASSWORD for
-    servers without IAM. Without a CA bundle only that password, and only to a loopback host, is
-    sent. `read_timeout` is in seconds, for each read from the server.
-
-    Raises UsageError without a usable CA bundle, DatabaseError if the login fails.
-    """
-    password = os.environ.get(PASSWORD_VARIABLE)
-    tls = tls_settings(server, needed=password is None or not is_loopback(server.host))
-    secret = server.token() if password is None else password
-    with database_errors(f"Cannot log in to {server.host}:{server.port} as {server.user}"):
-        connection = pymysql.connect(
-            host=server.host,
-            port=server.port,
-            user=server.user,
-            password=secret.encode(),
-            database=server.database,
+def connect(
+    host: str, port: int, user: str, database: str, secret: Callable[[], str], tls: dict[str, Any]
+) -> Connection:
+    """Log in, with a `secret` made now: an IAM token lives 15 minutes. Raises PurgeError."""
+    log.info("connecting to %s:%d", host, port)
+    password = secret().encode()
+    with database_errors(f"Cannot log in to {host}:{port} as {user}"):
+        connection: Any = pymysql.connect(
+            host=host,
+            port=port,
+            user=user,
+            password=password,
+            database=database,
             charset="utf8mb4",
-            # Every read sees the table as it is now, not as an open transaction first saw it.
-            autocommit=True,
+            autocommit=True,  # every read sees the table as it is now
             connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=read_timeout,
-            write_timeout=RECHECK_TIMEOUT,
+            read_timeout=CONNECT_TIMEOUT,
+            write_timeout=CONNECT_TIMEOUT,
             **tls,
         )
-    with database_errors("Cannot set up the database session"), connection.cursor() as cursor:
-        for statement in SESSION:
-            cursor.execute(statement)
-    return connection
+    # A minute's silence sends a probe: NAT gateways forget idle connections after 350 seconds.
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            connection._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    for statement in SESSION:
+        query(connection, "Cannot set up the database session", statement)
+    return connection  # type: ignore[no-any-return]
 
 
-# What the server's own settings must not decide.
+# What the server's own settings must not decide. TIMESTAMP columns are converted to the session's
+# time zone; a row limit would cut the references short without a word, a short sort length take
+# names for one another; some SQL modes change what a string is; the connection that holds the lock
+# is idle while the bucket is listed; rows deleted by a transaction that may yet be rolled back are
+# still there.
 SESSION = (
-    # TIMESTAMP columns are converted to the session's time zone. A row limit would cut the
-    # references short without a word; some SQL modes change what a string is. The connection that
-    # holds the lock is idle while the bucket is listed: allow it a day.
     "SET time_zone = '+00:00', sql_select_limit = 18446744073709551615, sql_mode = '', "
-    "wait_timeout = 86400",
-    # Rows deleted by a transaction that may yet be rolled back are still there.
+    f"max_sort_length = 8192, wait_timeout = 86400, innodb_lock_wait_timeout = {LOCK_TIMEOUT}",
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 )
 
 
-def tls_settings(server: Server, needed: bool) -> dict[str, Any]:
-    """PyMySQL's arguments for TLS: all verified, or (only if not `needed`) left to the server.
+def tls_settings(bundle: Path | None, local: bool) -> dict[str, Any]:
+    """PyMySQL's arguments for TLS with certificate and host name verified. Only `local`, for a
+    password that goes to this machine, and without a CA bundle is TLS left to the server.
 
-    `ssl_verify_identity` is what verifies: `ssl_ca` alone encrypts and trusts anyone.
+    `ssl_verify_identity` is what verifies: `ssl_ca` alone encrypts and trusts anyone. Raises
+    UsageError without a usable CA bundle.
     """
-    advice = f"download {CA_BUNDLE_URL} to {DEFAULT_CA_BUNDLE.name} beside the script"
-    if server.ca_bundle is None:
-        if needed:
-            raise UsageError(f"No CA bundle for the database: {advice}, or give --ca-bundle.")
+    if bundle is None and local:
         return {}
+    bundle = bundle or DEFAULT_CA_BUNDLE
     try:
-        ssl.create_default_context(cafile=server.ca_bundle)
-    except ssl.SSLError:
-        raise UsageError(f"{server.ca_bundle} holds no certificates: {advice}.") from None
-    except OSError as error:
+        ssl.create_default_context(cafile=bundle)
+    except OSError as error:  # SSLError too
+        fault = "no certificates in it" if isinstance(error, ssl.SSLError) else error.strerror
         raise UsageError(
-            f"Cannot read the CA bundle {server.ca_bundle} ({error.strerror}): {advice}."
+            f"No CA bundle for the database: {bundle} ({fault}). Download {CA_BUNDLE_URL} to "
+            f"{DEFAULT_CA_BUNDLE.name} beside the script, or give --ca-bundle."
         ) from None
-    return {"ssl_ca": str(server.ca_bundle), "ssl_verify_identity": True}
+    return {"ssl_ca": str(bundle), "ssl_verify_identity": True}
 
 
 def is_loopback(host: str) -> bool:
@@ -559,47 +598,46 @@ def is_loopback(host: str) -> bool:
 
 @contextmanager
 def database_errors(doing: str) -> Iterator[None]:
-    """Turn what PyMySQL raises into a DatabaseError of one line: what was done, why it failed."""
+    """Turn what PyMySQL raises into a PurgeError of one line: what was done, why it failed."""
     try:
         yield
     except (pymysql.Error, OSError) as error:
-        raise DatabaseError(f"{doing}: {database_advice(error)}") from error
+        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+        detail = str(error.args[-1] if error.args else error) or type(error).__name__
+        cause = getattr(error, "original_exception", None)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            detail, code = f"its certificate was not accepted ({cause.verify_message})", 2026
+        advice = DATABASE_ADVICE.get(code)
+        detail = f"{detail.rstrip('.')}. {advice}." if advice else detail
+        raise PurgeError(f"{doing}: {detail}", str(code)) from error
 
 
-LOGIN_ADVICE = (
-    "access denied. With IAM, one of these: the user is not IDENTIFIED WITH "
-    "AWSAuthenticationPlugin; IAM authentication is not enabled on the instance; the AWS identity "
-    "lacks rds-db:connect for this user and instance; --db-host is an alias (the token is signed "
-    "for the name given: use the real endpoint); --region is not the database's; this host's clock "
-    "is off by minutes. "
-    f"With {PASSWORD_VARIABLE}: it is wrong"
-)
+# MySQL's error codes (MySQL manual, "Error Message Reference") and what to do.
+DATABASE_ADVICE = {
+    1044: "Check --db-name, and grant SELECT on the table",
+    1045: "With IAM, one of these: the user is not IDENTIFIED WITH AWSAuthenticationPlugin; IAM "
+    "authentication is not enabled on the instance; the AWS identity lacks rds-db:connect for this "
+    "user and instance; --db-host is an alias (the token is signed for the name given: use the "
+    "real endpoint); --region is not the database's; this host's clock is off by minutes. "
+    f"With {PASSWORD_VARIABLE}: it is wrong",
+    1049: "Check --db-name",
+    1142: "Grant SELECT on the table (DELETE only for --delete-jobs)",
+    1146: "Check --db-name and --db-table",
+    1205: f"Another transaction held the rows for {LOCK_TIMEOUT} seconds; run again to finish",
+    1524: "IAM authentication is not enabled on the instance",
+    2003: "Check --db-host, --db-port, DNS, and the security group",
+    2026: "No secret was sent: the server offers no TLS, or --ca-bundle is outdated (the current "
+    f"one: {CA_BUNDLE_URL}), or --db-host is not the real endpoint, or not the server you mean",
+}
 
 
-def database_advice(error: Exception) -> str:
-    """The likely cause of a PyMySQL error, in one line."""
-    code = error.args[0] if error.args and isinstance(error.args[0], int) else None
-    cause = getattr(error, "original_exception", None) or error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return (
-            f"its certificate was not accepted ({cause.verify_message}), so no secret was sent. "
-            f"Wrong or outdated CA bundle (the current one: {CA_BUNDLE_URL}), a host name that is "
-            "not the real endpoint, or not the server you mean"
-        )
-    detail = " ".join(str(error.args[-1] if error.args else error).split())
-    if code == 2026:
-        return "the server offers no TLS, so no secret was sent. Enable TLS on the server"
-    if code in (1045, 1698):
-        return LOGIN_ADVICE
-    if code == 1524:
-        return f"{detail}. IAM authentication is not enabled on the instance"
-    if code == 2003:
-        return f"{detail}. Check --db-host, --db-port, DNS, and the security group"
-    if code in (1044, 1142, 1143):
-        return f"{detail}. Grant SELECT on the table (DELETE only for --delete-jobs)"
-    if code in (1049, 1146):
-        return f"{detail}. Check --db-name and --db-table"
-    return detail or type(error).__name__
+def query(
+    connection: Connection, doing: str, sql: str, arguments: Any = None
+) -> tuple[tuple[Any, ...], ...]:
+    """The rows of a statement, all at once. Raises PurgeError."""
+    with database_errors(doing), connection.cursor() as cursor:
+        cursor.execute(sql, arguments)
+        return cursor.fetchall()
 
 
 def text_bytes(column: str) -> str:
@@ -619,22 +657,6 @@ def expired_sql(cutoff: datetime) -> str:
     )
 
 
-def query(
-    connection: Connection, doing: str, sql: str, arguments: Any = None
-) -> tuple[tuple[Any, ...], ...]:
-    """The rows of a statement, all at once. Raises DatabaseError."""
-    with database_errors(doing), connection.cursor() as cursor:
-        cursor.execute(sql, arguments)
-        return cursor.fetchall()
-
-
-def database_now(connection: Connection) -> datetime:
-    """The database's clock, aware UTC."""
-    ((now,),) = query(connection, "Cannot ask the database's clock", "SELECT UTC_TIMESTAMP(6)")
-    assert isinstance(now, datetime)
-    return now.replace(tzinfo=UTC)
-
-
 def take_lock(connection: Connection, bucket: str, prefix: str, table: str) -> None:
     """Lock bucket, prefix and table against other runs, until the connection ends.
 
@@ -646,142 +668,132 @@ def take_lock(connection: Connection, bucket: str, prefix: str, table: str) -> N
         raise Refused("The database is read-only, so it may be a replica: give the primary's host.")
     subject = json.dumps([bucket, prefix, table]).encode()
     name = f"retention_purge:{hashlib.sha256(subject).hexdigest()[:40]}"  # 64 characters at most
-    ((got,),) = query(connection, doing, "SELECT GET_LOCK(%s, 0)", (name,))
-    if got is None:
-        raise DatabaseError(f"{doing}: GET_LOCK failed; see the server's error log.")
-    if not got:
-        raise Locked("Another run works on the same bucket, prefix and table; try again later.")
+    sql = "SELECT GET_LOCK(%s, 0), IS_USED_LOCK(%s)"
+    ((got, holder),) = query(connection, doing, sql, (name, name))
+    if not got:  # 0, or NULL if it failed
+        sql = "SELECT HOST, COMMAND, TIME FROM information_schema.PROCESSLIST WHERE ID = %s"
+        rows = query(connection, doing, sql, (holder,))
+        facts = [f" of {host} ({doing_now} for {seconds} s)" for host, doing_now, seconds in rows]
+        raise Locked(
+            "Another run works on the same bucket, prefix and table: database connection "
+            f"{holder}{''.join(facts)} holds the lock. Try again later."
+        )
 
 
 class JobRow(NamedTuple):
-    """An expired row of the job table. `key` is `prefix + name`."""
+    """An expired row of the job table; its key is `prefix + name`."""
 
-    key: str
-    name: str
     job_id: str
+    completed_at: str
+    name: str
 
 
 class JobTable:
     """The job table over one connection, with `cutoff` deciding which jobs are expired.
 
-    Only `delete` writes. All methods raise DatabaseError.
+    Only `delete` writes. All methods raise PurgeError.
     """
 
     def __init__(self, connection: Connection, place: tuple[str, str], cutoff: datetime) -> None:
-        self._connection, self._place = connection, place
+        self._connection: Any = connection
         self.name = ".".join(place)
-        self._from = f"FROM {'.'.join(map(quoted, place))}"
+        self._from = "FROM " + ".".join("`" + part.replace("`", "``") + "`" for part in place)
         self._expired = expired_sql(cutoff)
-        self._charset, self._collation = self._describe()
-        # Whether a re-check can use an index.
-        self.indexed = self._charset in ROUND_TRIP_CHARSETS and self._is_indexed()
-        # A scan costs the same for one batch and for many, an index costs what is asked of it.
-        self.max_chunk = 1 if self.indexed else MAX_CHUNK
+        # Of each key its bytes, jobs and expired jobs.
+        self._references = f"{NAME}, COUNT(*), COUNT(NULLIF({self._expired}, 0)) {self._from}"
+        self._charset, self._collation, self._length = self._describe()
+        # Whether an index leads with `sourceData`, so that a re-check need not scan the table.
+        leads = "Column_name = 'sourceData' AND Seq_in_index = 1 AND Index_type = 'BTREE'"
+        sql = f"SHOW INDEX {self._from} WHERE {leads}"
+        self.indexed = bool(query(connection, f"Cannot read the indexes of {self.name}", sql))
 
-    def _describe(self) -> tuple[str, str]:
-        """Character set and collation of `sourceData`, after a look at all columns."""
+    def _describe(self) -> tuple[str, str, int]:
+        """Character set, collation and length of `sourceData`, after a look at all columns."""
         rows = query(
-            self._connection,
-            f"Cannot describe {self.name}",
-            "SELECT COLUMN_NAME, DATA_TYPE, CHARACTER_SET_NAME, COLLATION_NAME "
-            "FROM information_schema.COLUMNS WHERE TABLE_SCHEMA = %s AND TABLE_NAME = %s",
-            self._place,
+            self._connection, f"Cannot describe {self.name}", f"SHOW FULL COLUMNS {self._from}"
         )
-        columns = {name.lower(): facts for name, *facts in rows}
-        if not columns:
-            raise DatabaseError(
-                f"There is no table {self.name}, or this user may not read it: "
-                "check --db-name and --db-table, and grant SELECT on it."
-            )
+        columns = {name.lower(): (kind.lower(), collation) for name, kind, collation, *_ in rows}
         for name in ("jobId", "completedAt", "type", "sourceData"):
             if name.lower() not in columns:
-                raise DatabaseError(f"{self.name} has no column {name}: is it the job table?")
-        if columns["completedat"][0].lower() not in ("timestamp", "datetime"):
-            raise DatabaseError(f"{self.name}.completedAt must be a TIMESTAMP or DATETIME column.")
-        _, charset, collation = columns["sourcedata"]
-        if charset is None or charset == "binary":
-            raise DatabaseError(f"{self.name}.sourceData must be a text column to name S3 keys.")
-        return charset, collation
+                raise PurgeError(f"{self.name} has no column {name}: is it the job table?")
+        moment, (kind, collation) = columns["completedat"][0], columns["sourcedata"]
+        if moment.startswith("datetime"):
+            log.warning("completedAt is a DATETIME: its values are taken as UTC")
+        elif not moment.startswith("timestamp"):
+            raise PurgeError(f"{self.name}.completedAt must be a TIMESTAMP column, not {moment}.")
+        charset, length = (collation or "").split("_")[0], re.search(r"char\((\d+)\)", kind)
+        if charset not in CHARSETS:
+            known = f"a text column in one of {', '.join(CHARSETS)}"
+            raise PurgeError(f"{self.name}.sourceData must be {known}: it is {kind} {charset}.")
+        self._strips = kind.startswith("char")  # a CHAR gives no trailing blanks back
+        return charset, collation, int(length[1]) if length else KEY_BYTES
 
-    def _is_indexed(self) -> bool:
-        """Whether an index leads with `sourceData`."""
-        rows = query(
-            self._connection,
-            f"Cannot read the indexes of {self.name}",
-            "SELECT 1 FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = %s "
-            "AND TABLE_NAME = %s AND COLUMN_NAME = 'sourceData' AND SEQ_IN_INDEX = 1 "
-            "AND INDEX_TYPE = 'BTREE' LIMIT 1",
-            self._place,
-        )
-        return bool(rows)
+    def can_hold(self, name: str) -> bool:
+        """Whether `sourceData` can spell the name: if not, a job of it stands there mangled."""
+        try:
+            name.encode(CHARSETS[self._charset])
+        except UnicodeEncodeError:
+            return False
+        narrow = self._charset in ("utf8", "utf8mb3") and max(name) > "\uffff"
+        stripped = self._strips and name.endswith(" ")
+        return len(name) <= self._length and not narrow and not stripped
 
-    def names(self) -> Iterator[tuple[bytes]]:
-        """Each distinct `sourceData` in byte order: its UTF-8 bytes after a `+`, or after a `-` if
-        one of its jobs remains. For jobs without a name, their number instead.
+    def references(self) -> Iterator[tuple[bytes | None, int, int]]:
+        """Each distinct `sourceData` in UTF-8, in byte order, its jobs and expired jobs.
 
         SQL_BIG_RESULT makes the server sort instead of filling a temporary table keyed by the
         group, five times faster on millions of rows, under any collation and with or without an
-        index; one column, as a second costs the client as much again. Read it at once: a client
-        that stops reading is cut off after net_write_timeout (60 s), and an open read keeps a
-        snapshot alive.
+        index. Read it at once: a client that stops reading is cut off after net_write_timeout
+        (60 s), and an open read keeps a snapshot alive.
         """
-        doing = f"Cannot read {self.name}"
-        ((length,),) = query(self._connection, doing, "SELECT @@max_sort_length")
-        if length < KEY_BYTES:
-            raise DatabaseError(
-                f"{doing}: the server would take names for one another whose first {length} bytes "
-                f"are the same. Set its max_sort_length to {KEY_BYTES}, the default."
-            )
-        return self._stream(
-            f"SELECT SQL_BIG_RESULT CAST(IFNULL(CONCAT(IF(MIN({self._expired}), '+', '-'), "
-            f"NULLIF({NAME}, '')), COUNT(*)) AS BINARY) "
-            f"{self._from} GROUP BY {NAME} ORDER BY {NAME}"
-        )
-
-    def expired_rows(self) -> Iterator[tuple[bytes, str]]:
-        """(`sourceData` in UTF-8, `jobId`) of each expired job, in byte order of the former."""
-        return self._stream(f"SELECT {NAME}, `jobId` {self._from} WHERE {self._expired} ORDER BY 1")
-
-    def _stream(self, sql: str) -> Iterator[Any]:
-        """The rows as the server sends them."""
+        self._connection._read_timeout = PLAN_TIMEOUT  # PyMySQL applies it at its next read
         with database_errors(f"Cannot read {self.name}"):
-            cursor: Any = self._connection.cursor(SSCursor)
+            cursor = self._connection.cursor(SSCursor)
             try:
-                cursor.execute(sql)
+                cursor.execute(f"SELECT SQL_BIG_RESULT {self._references} GROUP BY 1 ORDER BY 1")
                 while rows := cursor.fetchmany(1000):
                     yield from rows
             finally:
                 # PyMySQL would first read all that is left. The connection is closed instead.
                 if cursor._result is not None:
                     cursor._result.unbuffered_active = False
+        self._connection._read_timeout = RECHECK_TIMEOUT
 
-    def referenced(self, names: list[str], by_any: bool = False) -> dict[str, bool]:
-        """Those of `names` that a remaining job refers to at this moment: True. With `by_any` also
-        those that only expired jobs refer to: False.
+    def ping(self) -> None:
+        """Keep the connection, and the lock on it, from being cut as idle."""
+        query(self._connection, "The database connection is lost", "DO 0")
 
-        The search finds a superset under any collation, through an index if there is one; the
-        bytes are compared here. A name that the column's character set cannot spell becomes
-        another in the conversion, which is right: no row can hold it.
-        """
-        escaped = self._connection.escape
-        if self.indexed:
-            column = "`sourceData`"
-            form = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
-            terms = ",".join(form % escaped(text) for text in names)
-        else:  # a scan compares bytes faster
-            column = NAME
-            terms = ",".join(escaped(text.encode()) for text in names)
-        low, high = (escaped(text.encode()) for text in (min(names), max(names)))
-        rows = query(
-            self._connection,
-            f"Cannot re-check references in {self.name}",
-            # The range spares a scan most of the comparisons; an index serves the list.
-            f"SELECT {NAME}, MAX(NOT {self._expired}) {self._from} "
-            f"WHERE {NAME} BETWEEN {low} AND {high} AND {column} IN ({terms}) "
-            f"{'' if by_any else f'AND NOT {self._expired}'} GROUP BY 1",
+    def sample(self) -> list[str]:
+        """Names of some remaining jobs, from all over the table."""
+        sql = f"SELECT {NAME} {self._from} WHERE NOT {self._expired} AND `sourceData` <> '' "
+        sql += f"ORDER BY RAND() LIMIT {SAMPLE}"
+        rows = query(self._connection, f"Cannot read {self.name}", sql)
+        return [name.decode() for (name,) in rows]
+
+    def referenced(self, names: Collection[str]) -> dict[str, Reference]:
+        """Those of `names` that jobs refer to at this moment, and by how many."""
+        sql = f"SELECT {self._references} WHERE {self._among(names)} GROUP BY 1"
+        rows = query(self._connection, f"Cannot re-check references in {self.name}", sql)
+        found = (Reference(name.decode(), jobs, expired) for name, jobs, expired in rows)
+        return {item.key: item for item in found if item.key in names}
+
+    def expired_rows(self, names: Collection[str]) -> list[JobRow]:
+        """Expired jobs of these names, up to ROWS of them."""
+        exact = ",".join(self._connection.escape(name) for name in names)
+        sql = (
+            f"SELECT `jobId`, CAST(`completedAt` AS CHAR), {NAME} {self._from} WHERE "
+            f"{self._among(names)} AND {NAME} IN ({exact}) AND {self._expired} LIMIT {ROWS}"
         )
-        asked = {text.encode(): text for text in names}
-        return {asked[found]: bool(remains) for found, remains in rows if found in asked}
+        rows = query(self._connection, f"Cannot read the expired jobs in {self.name}", sql)
+        return [JobRow(job_id, moment, name.decode()) for job_id, moment, name in rows]
+
+    def _among(self, names: Iterable[str]) -> str:
+        """SQL that finds a superset of the jobs of these names under any collation, through an
+        index if there is one. A name that the column's character set cannot spell becomes another,
+        which is right: no row can hold it. Whoever asks compares the bytes of the answer."""
+        escaped = self._connection.escape
+        form = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
+        return f"`sourceData` IN ({','.join(form % escaped(name) for name in names)})"
 
     def delete(self, rows: list[JobRow]) -> int:
         """Delete these jobs, if they are as they were read and still expired; how many were."""
@@ -789,50 +801,57 @@ class JobTable:
         ids = ",".join(escaped(row.job_id) for row in rows)
         pairs = ",".join(f"({escaped(row.job_id)},{escaped(row.name)})" for row in rows)
         with database_errors(f"Cannot delete from {self.name}"):
-            return self._connection.cursor().execute(
+            deleted: int = self._connection.cursor().execute(
                 f"DELETE {self._from} WHERE `jobId` IN ({ids}) AND {self._expired} "
                 f"AND ({text_bytes('`jobId`')}, {NAME}) IN ({pairs})"
             )
+        return deleted
 
+    def row_refusals(self) -> Iterator[str]:
+        """Why job rows cannot be deleted, if so. EXPLAIN asks for the rights of the statement that
+        it explains, and does nothing; on a read-only server (a dry run's) it tells nothing.
 
-def quoted(identifier: str) -> str:
-    return "`" + identifier.replace("`", "``") + "`"
-
-
-def as_text(name: bytes | None) -> str:
-    """The name as text; empty for NULL, and for bytes that are no UTF-8, which S3 cannot hold."""
-    try:
-        return (name or b"").decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-def references(
-    rows: Iterable[tuple[bytes]], prefix: str, totals: Totals, all_keys: bool
-) -> Iterator[Reference]:
-    """What the rows of `JobTable.names` mean, counted: the expired keys, or all. Most of a table is
-    of remaining jobs. Raises PurgeError where a name does not follow the one before it."""
-    nameless, last = 0, b""
-    for (row,) in rows:
-        mark, name = row[:1], row[1:]
-        if mark != b"+" and mark != b"-":
-            nameless += int(row)
-            continue
-        if name <= last:
-            raise out_of_order("The job table's name list", as_text(name), as_text(last))
-        last = name
-        expired = mark == b"+"
-        if expired:
-            totals.expired += 1
-        else:
-            totals.remaining += 1
-        if expired or all_keys:
+        Warns of tables that a DELETE opens besides, for ON DELETE CASCADE or a trigger. No view
+        shows them to a user without rights on them, but the second EXPLAIN counts them.
+        """
+        opened, doing = [0, 0, 0], f"Cannot check the right to delete from {self.name}"
+        for turn in (1, 2):
             try:
-                yield Reference(prefix + name.decode(), expired)
-            except UnicodeDecodeError:
-                continue  # S3 cannot hold such a key
+                query(self._connection, doing, f"EXPLAIN DELETE {self._from} WHERE FALSE")
+            except PurgeError as error:
+                if error.code == "1142":
+                    yield f"--delete-jobs, but the user has no DELETE on {self.name}: grant it"
+                elif error.code != "1290":
+                    raise
+                return
+            counts = query(self._connection, doing, "SHOW SESSION STATUS LIKE 'Table_open_cache%'")
+            opened[turn] = sum(int(n) for name, n in counts if name.endswith(("_hits", "_misses")))
+        if opened[2] - opened[1] > 1:
+            others = "a foreign key with ON DELETE CASCADE, or a trigger, may change them"
+            log.warning("a DELETE in %s opens other tables: %s", self.name, others)
+
+
+def read_references(jobs: JobTable, policy: Policy, totals: Totals) -> Iterator[Reference]:
+    """What the table says of each key, counted; given are the keys that the run must know: those of
+    expired jobs, with --orphans all. Most of a table is of remaining jobs."""
+    nameless, last, every = 0, "", policy.orphans_before is not None
+    for name, count, expired in jobs.references():
+        text = (name or b"").decode()
+        key = policy.prefix + text
+        totals.jobs += count
+        if not text or len(key.encode()) > KEY_BYTES:
+            nameless += count
+            continue
+        if key <= last:
+            raise out_of_order("list of the table's keys", key, last)
+        last = key
+        totals.expired_jobs += expired
+        totals.expired += expired == count
+        totals.remaining += expired < count
+        if every or (expired if policy.rows else expired == count):
+            yield Reference(key, count, expired)
     if nameless:
-        log.warning("%d jobs have no sourceData; they name no object", nameless)
+        log.warning("%d jobs have no sourceData that can be a key; they name no object", nameless)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -840,274 +859,264 @@ def references(
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Requests:
-    """Requests to S3 that cost money or wear it."""
-
-    list: int = 0
-    delete: int = 0
-
-
 class Page(NamedTuple):
-    """One ListObjectsV2 answer by columns, sizes and dates as S3 spells them; `token` continues the
-    listing, None at its end."""
+    """One ListObjectsV2 answer by columns; `token` continues the listing, None at its end."""
 
     keys: list[str]
-    sizes: list[bytes]
-    dates: list[bytes]
+    sizes: list[str]
+    moments: list[str]
     token: str | None
     bucket: str
-
-    def objects(self, wanted: Container[str] | None = None) -> list[S3Object]:
-        """The objects of the page, or those with a wanted key: most of a page may not matter."""
-        chosen = repeat(True) if wanted is None else [key in wanted for key in self.keys]
-        sizes = map(int, compress(self.sizes, chosen))
-        dates = map(datetime.fromisoformat, map(bytes.decode, compress(self.dates, chosen)))
-        return list(map(S3Object, compress(self.keys, chosen), sizes, dates))
+    asked: list[str]  # where the answer says that it begins: a key or a token, as it was asked for
 
 
-class Leap(NamedTuple):
-    """What one seek of the leapfrog told."""
+class Version(NamedTuple):
+    """A version of a key, or a delete marker on it; `modified` aware UTC."""
 
-    found: list[S3Object]
-    settled: int  # of the keys asked for: found, or known to be missing
-    passed: int  # objects listed, up to the last key asked for
-    last: str  # key listed
+    version_id: str
+    modified: datetime
+    is_latest: bool
+    is_marker: bool
+
+    def hides_since(self, moment: datetime) -> bool:
+        """Whether it is a delete marker that hides its key, set not before `moment` of S3's clock.
+        S3 keeps whole seconds, and its clock is known to a second."""
+        return self.is_marker and self.is_latest and self.modified >= moment - timedelta(seconds=2)
 
 
 class Verdict(NamedTuple):
-    """What S3 said of one key: deleted if `code` is None, or why not."""
+    """What S3 said of one key: deleted if there is no `code`, or why not; `marker` is the version
+    id of the delete marker, in a versioned bucket."""
 
-    key: str
-    code: str | None = None
+    code: str = ""
     message: str = ""
-    version_id: str | None = None  # that the request named
-    marker: str | None = None  # version id of the delete marker, in a versioned bucket
+    marker: str | None = None
+
+
+class NotSent(Exception):
+    """The request did not leave: its re-check had grown too old."""
 
 
 class Bucket:
     """One bucket below one prefix. Counts its requests; safe to use from several threads.
 
     Every answer must be what was asked for, whole: an empty or foreign body would otherwise parse
-    to an empty listing. All methods raise BucketError.
+    to an empty listing. All methods raise PurgeError.
     """
 
-    def __init__(
-        self, session: boto3.Session, name: str, prefix: str, workers: int, requests: Requests
-    ) -> None:
-        self.name, self.prefix, self._requests = name, prefix, requests
-        self._workers, self._seekers = workers, 4 * workers
-        self._counting = threading.Lock()
-        self._read = self._client(session, workers, attempts=5)
+    def __init__(self, session: boto3.Session, report: Report, workers: int, stop: Stop) -> None:
+        self.name, self.prefix = report.bucket, report.prefix
+        self.workers, self._report, self._stop = workers, report, stop
+        self._counting, self._thread = threading.Lock(), threading.local()
+        self._pool = ThreadPoolExecutor(4 * workers)
+        self._read = self._client(session, LIST_TIMEOUT, attempts=5)
         # A delete is not repeated by botocore: each try needs a new re-check of its own.
-        self._write = self._client(session, workers, attempts=1)
+        self._write = self._client(session, DELETE_TIMEOUT, attempts=1)
 
-    def _client(self, session: boto3.Session, workers: int, attempts: int) -> S3Client:
+    def _client(self, session: boto3.Session, timeout: int, attempts: int) -> S3Client:
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            max_pool_connections=4 * self.workers,
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=timeout,
+            parameter_validation=False,  # half of the CPU of a DeleteObjects
+        )
         with bucket_errors(f"Cannot use S3 for bucket {self.name}"):
-            client = session.client(
-                "s3",
-                config=Config(
-                    retries={"mode": "standard", "total_max_attempts": attempts},
-                    max_pool_connections=4 * workers,
-                    connect_timeout=CONNECT_TIMEOUT,
-                    read_timeout=30,
-                ),
-            )
-        for operation, reader in ANSWERS.items():
-            # The wildcard puts it before botocore's own parse of the body for errors.
-            client.meta.events.register_first(f"before-parse.*.{operation}", reader)
-        client.meta.events.register("provide-client-params.s3.DeleteObjects", take_objects)
-        client.meta.events.register("before-call.s3.DeleteObjects", put_objects)
+            client = session.client("s3", config=config)
+        # The wildcard puts it before botocore's own parse of the body for errors.
+        client.meta.events.register_first("before-parse.*", read_answer)
+        client.meta.events.register("before-send.s3", self._leave)
         return client
 
-    def versioning(self) -> tuple[str, timedelta]:
-        """`off`, `enabled` or `suspended`; and by how much S3's clock leads this host's."""
-        with bucket_errors(f"Cannot read the versioning of bucket {self.name}"):
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _leave(self, event_name: str, **_: Any) -> None:
+        """Event `before-send`: the request is signed, which may have refreshed credentials for a
+        minute, and would leave now. Raises if it must not."""
+        operation, report, age = event_name.rpartition(".")[2], self._report, 0.0
+        if operation.startswith("Delete"):
+            age = time.monotonic() - self._thread.checked
+            if age > MAX_RECHECK_AGE:
+                raise NotSent(f"its re-check was {age:.0f} s old when it would have left")
+        else:
+            self._stop.check()
+        with self._counting:
+            for kind in report.requests:
+                report.requests[kind] += operation.lower().startswith(kind)
+            if report.requests["delete"] and not report.undoes:
+                report.max_recheck_age_seconds = max(
+                    report.max_recheck_age_seconds or 0.0, round(age, 3)
+                )
+
+    def look(self) -> None:
+        """Learn the bucket's versioning, and by how much S3's clock leads this host's."""
+        doing = f"Cannot read the versioning of bucket {self.name}"
+        with bucket_errors(doing, "s3:GetBucketVersioning"):
             answer = self._read.get_bucket_versioning(Bucket=self.name)
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         if date is None:
-            raise BucketError("S3's answer has no Date header: is this S3?", "InvalidAnswer")
-        lead = parsedate_to_datetime(date) - datetime.now(UTC)
-        return answer.get("Status", "off").lower(), lead
+            raise PurgeError("S3's answer has no Date header: is this S3?")
+        self._report.versioning = answer.get("Status", "off").lower()
+        self.s3_lead = parsedate_to_datetime(date) - datetime.now(UTC)
 
-    def page(self, after: str = "", limit: int = PAGE, token: str | None = None) -> Page:
-        """Up to `limit` objects after the key `after`, or where a page's `token` continues it."""
-        where: Any = {"ContinuationToken": token} if token else {"StartAfter": after}
-        with bucket_errors(f"Cannot list bucket {self.name}"):
-            answer: Any = self._read.list_objects_v2(
-                Bucket=self.name, Prefix=self.prefix, MaxKeys=limit, **where
-            )
-        with self._counting:
-            self._requests.list += 1
-        page: Page = answer["Page"]
-        for last, key in pairwise(chain([after] if after else [], page.keys)):
+    def page(
+        self, after: str = "", limit: int = PAGE, token: str | None = None, prefix: str = ""
+    ) -> Page:
+        """Up to `limit` objects after the key `after`, where `token` may continue the listing. At
+        least one, but at its end: a page without keys that has a token is followed."""
+        while True:
+            where: Any = {"ContinuationToken": token} if token else {"StartAfter": after}
+            with bucket_errors(f"Cannot list bucket {self.name}", "s3:ListBucket"):
+                answer: Any = self._read.list_objects_v2(
+                    Bucket=self.name, Prefix=prefix or self.prefix, MaxKeys=limit, **where
+                )
+            page: Page = answer["Page"]
+            self._check(page, after, token or after)
+            if page.keys or page.token is None:
+                return page
+            token = page.token
+
+    def _check(self, page: Page, after: str, asked: str) -> None:
+        """Raises PurgeError if the page is not the one asked for, above `after`, in order."""
+        for last, key in zip([after, *page.keys], page.keys, strict=False):
             if key <= last:
-                raise out_of_order(LISTING, key, last)
-        for key in page.keys[:1] + page.keys[-1:]:  # in order, so all between as well
-            if not key.startswith(self.prefix):
-                raise foreign_listing(self.name, f"the key {printable(key)}")
+                raise out_of_order("bucket's listing", key, last)
+        foreign = [key for key in page.keys[:1] + page.keys[-1:] if not key.startswith(self.prefix)]
         # An access point's ARN or alias is answered with another name.
         if page.bucket != self.name and re.fullmatch(r"(?!.*-s3alias$)[a-z0-9.-]+", self.name):
-            raise foreign_listing(self.name, f"the bucket's name {printable(page.bucket)}")
-        return page
+            foreign.append(f"of {page.bucket}")
+        if page.asked and asked not in page.asked:
+            foreign.append(f"after {page.asked[0]}")
+        if foreign:
+            strange = printable(foreign[0])
+            raise PurgeError(f"The listing of {self.name} gave {strange}, which was not asked for.")
 
-    def all(self) -> Iterator[S3Object]:
-        """Every object below the prefix, in key order; a page is read while the next is fetched."""
-        page = self.page()
-        with ThreadPoolExecutor(1) as ahead:
-            while page.token is not None:
-                next_page = ahead.submit(self.page, token=page.token)
-                yield from page.objects()
-                page = next_page.result()
-        yield from page.objects()
+    def exists(self, key: str) -> bool:
+        """The key itself sorts first among those that it is a prefix of."""
+        return self.page(limit=1, prefix=key).keys == [key]
 
-    def find(self, keys: Iterable[str]) -> Iterator[S3Object]:
-        """Those of the ascending `keys` that exist, leapfrogging over what lies between.
+    def pairs(self, references: Spool[Reference], whole: bool) -> Iterator[Pair]:
+        """Each reference with its object or None, if `whole` also all objects without a reference.
 
-        No more requests than keys, however large the bucket is, and where wanted keys lie densely
-        about as many as it has pages. Slices of the keys are sought at the same time, in workers.
+        The references cut the listing into parts, which are listed and merged at the same time, so
+        that the pairs come in no order. About as many LIST requests as there are references,
+        however large the bucket is, and where their objects lie densely as it has pages.
         """
-        wanted, density = iter(keys), PAGE  # wanted keys in a page, as last measured
-        sought: deque[Future[tuple[list[S3Object], int]]] = deque()
-        pool = ThreadPoolExecutor(self._seekers)
-        try:
-            first = list(islice(wanted, PAGE))
-            if first:
-                leap = self._leap(first, "", PAGE)
-                yield from leap.found
-                wanted = chain(first[leap.settled :], wanted)
-                density = dense(leap.settled, leap.passed)
-            while True:
-                size = max(density - density // 20, SEEKS)
-                # A page keeps the CPU busy and the memory full, a seek mostly waits.
-                most = self._workers * 3 // 2 if density >= SPARSE else self._seekers
-                while len(sought) <= most and (slice_ := list(islice(wanted, size))):
-                    sought.append(pool.submit(self._find_slice, slice_, density))
-                if not sought:
-                    return
-                found, density = sought.popleft().result()
-                yield from found
-        finally:
-            pool.shutdown(cancel_futures=True)
+        page = self.page("" if whole or not len(references) else just_before(references[0].key))
+        density = density_of(page, references, 0)
+        dense = whole or density >= SPARSE
+        # A page keeps the CPU busy and the memory full, a seek mostly waits.
+        most, limit = self.workers * (3 if dense else 8) // 2, PAGE if dense else SEEK
+        parts = max(1, min(most, len(references) // max(density, 1)))
+        parts = 1 if page.token is None else parts
+        bounds = [len(references) * part // parts for part in range(parts + 1)]
+        streams = []
+        for start, end in pairwise(bounds):
+            objects = self._part(references, whole, (start, end), limit, None if start else page)
+            pairs = outer_join(references.slice(start, end), objects)
+            streams.append(pairs if whole else (pair for pair in pairs if pair[0]))
+        return together(streams)
 
-    def _find_slice(self, keys: list[str], density: int) -> tuple[list[S3Object], int]:
-        """Those of a slice's keys that exist, and the density last measured on the way."""
-        found: list[S3Object] = []
-        after, settled, passed, requests = "", 0, 0, 0
-        while keys:
-            span = len(keys) * PAGE // max(density, 1)  # objects that the keys left may lie among
-            limit = SEEK if density < SPARSE else min(PAGE, span + SEEK)
-            leap = self._leap(keys, after, limit)
-            found += leap.found
-            keys = keys[leap.settled :]
-            # Nothing settled: more objects than `limit` lie between just_before(key) and the key.
-            after = "" if leap.settled else leap.last
-            settled, passed, requests = settled + leap.settled, passed + leap.passed, requests + 1
-            # A request settles the key that it seeks anyway; what came with it tells the density.
-            density = dense(settled - requests, passed - requests)
-        return found, density
+    def _part(
+        self,
+        references: Spool[Reference],
+        whole: bool,
+        bounds: tuple[int, int],
+        limit: int,
+        page: Page | None,
+    ) -> Iterator[S3Object]:
+        """The objects above the reference before `start`, up to the last one before `end`; at the
+        listing's ends all. If not `whole`, each request leaps to the next reference. `page` is the
+        first one, if it is known."""
+        start, end = bounds
+        low = references[start - 1].key if start else ""
+        high = None if end == len(references) else references[end - 1].key
+        after, token = just_before(low) if NOT_XML.search(low) else low, None
+        while whole or start < end:
+            if not whole and (token is None or just_before(references[start].key) > after):
+                after, token = just_before(references[start].key), None
+            page = page or self.page(after, limit, token)
+            first = bisect_right(page.keys, low)
+            upto = len(page.keys) if high is None else bisect_right(page.keys, high)
+            rows = zip(page.keys, page.sizes, page.moments, strict=True)
+            yield from map(S3Object._make, islice(rows, first, upto))
+            if page.token is None or upto < len(page.keys):
+                return
+            if not whole:
+                limit = SEEK if density_of(page, references, start) < SPARSE else PAGE
+            after, token = page.keys[-1], page.token
+            start = bisect_right(references, after, start, end, key=key_of)
+            page = None
 
-    def _leap(self, keys: list[str], after: str, limit: int) -> Leap:
-        """One request from the first of `keys`, or from `after` if that is further."""
-        page = self.page(max(after, just_before(keys[0])), limit)
-        last = page.keys[-1] if page.token is not None else keys[-1]
-        settled = bisect_right(keys, last)
-        passed = bisect_right(page.keys, keys[-1])
-        return Leap(page.objects(set(keys[:settled])), settled, passed, last)
+    def each(self, ask: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
+        """The answers for some keys, in their order, asked for at the same time."""
+        return self._pool.map(ask, keys)
 
-    def markers(self, key: str) -> dict[str, bool]:
-        """The delete markers on a key: version id → whether it is the latest version."""
-        with self._counting:
-            self._requests.list += 1
-        with bucket_errors(f"Cannot list the versions in bucket {self.name}"):
-            answer = self._read.list_object_versions(Bucket=self.name, Prefix=key)
-        # The key's own versions come first, before those of keys that it is a prefix of.
-        found = [item for item in answer.get("DeleteMarkers", []) if item["Key"] == key]
-        return {item["VersionId"]: item["IsLatest"] for item in found}
-
-    def delete(self, candidates: list[Candidate]) -> list[Verdict]:
-        """Ask S3 to delete the keys in one request; exactly one verdict for each, in their order.
-
-        A key that S3 does not have is answered as deleted. Raises BucketError if the request failed
-        as a whole, in which case any of the keys may be gone.
-        """
-        with self._counting:
-            self._requests.delete += 1
-        with bucket_errors(f"Cannot delete in bucket {self.name}"):
-            if len(candidates) == 1 and NOT_XML.search(candidates[0].key):
-                return [self._delete_single(candidates[0])]
-            answer: Any = self._write.delete_objects(
-                Bucket=self.name, Delete={"Objects": [named(item) for item in candidates]}
-            )
-        undo = candidates[0].version_id is not None
-        verdicts: dict[tuple[str, str | None], Verdict] = {}
-        for verdict in sorted(answer["Verdicts"], key=lambda verdict: verdict.code is not None):
-            verdicts[verdict.key, verdict.version_id if undo else None] = verdict
-        silent = "S3's answer does not mention the key"
-        return [
-            verdicts.get((item.key, item.version_id)) or Verdict(item.key, "NoAnswer", silent)
-            for item in candidates
+    def versions(self, key: str) -> list[Version]:
+        """The newest versions and delete markers of a key, the latest first."""
+        doing = f"Cannot list the versions in bucket {self.name}"
+        with bucket_errors(doing, "s3:ListBucketVersions"):
+            answer: Any = self._read.list_object_versions(Bucket=self.name, Prefix=key, MaxKeys=50)
+        if answer.get("EncodingType") != "url" and NOT_XML.search(key):
+            raise PurgeError(f"{doing}: the server cannot spell {printable(key)}.")
+        # The key's own versions come first, before those of keys that it is a prefix of. Of two of
+        # the same second a marker counts as the later one: nothing is restored on a guess.
+        found = [
+            Version(item["VersionId"], item["LastModified"], item["IsLatest"], kind != "Versions")
+            for kind in ("Versions", "DeleteMarkers")
+            for item in answer.get(kind, [])
+            if item["Key"] == key
         ]
+        return sorted(found, key=lambda it: (it.is_latest, it.modified, it.is_marker), reverse=True)
 
-    def _delete_single(self, item: Candidate) -> Verdict:
+    def delete(self, items: list[Candidate], checked: float) -> list[Verdict]:
+        """Ask S3 to delete the keys in one request, by a re-check begun at `checked` (monotonic
+        seconds); exactly one verdict for each, in their order.
+
+        A key that S3 does not have is answered as deleted. Raises NotSent if the re-check was too
+        old, PurgeError if the request failed as a whole: then any of the keys may be gone.
+        """
+        self._thread.checked = checked
+        right = "s3:DeleteObjectVersion" if items[0].version_id else "s3:DeleteObject"
+        names = [{"Key": item.key} for item in items]
+        for name, item in zip(names, items, strict=True):
+            name.update({"VersionId": item.version_id} if item.version_id else {})
+        with bucket_errors(f"Cannot delete in bucket {self.name}", right):
+            if len(items) == 1 and NOT_XML.search(items[0].key):
+                return [self._delete_single(names[0])]
+            objects: Any = {"Objects": names}
+            answer: Any = self._write.delete_objects(Bucket=self.name, Delete=objects)
+        verdicts: dict[str, Verdict] = answer["Verdicts"]
+        silence = Verdict("NoAnswer", "S3's answer does not mention the key")
+        return [verdicts.get(item.key, silence) for item in items]
+
+    def _delete_single(self, name: Any) -> Verdict:
         try:
-            answer = self._write.delete_object(Bucket=self.name, **named(item))
+            answer = self._write.delete_object(Bucket=self.name, **name)
         except ClientError as error:  # a verdict on this key, not on the request as a whole
-            return Verdict(item.key, *code_and_message(error))
+            facts = error.response.get("Error", {})
+            return Verdict(facts.get("Code") or "unknown", facts.get("Message", ""))
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         if status != 204:  # what DeleteObject answers (S3 API reference)
-            return Verdict(item.key, "InvalidAnswer", f"HTTP status {status} instead of 204")
-        return Verdict(item.key, marker=answer.get("VersionId"))
+            return Verdict("InvalidAnswer", f"HTTP status {status} instead of 204")
+        return Verdict(marker=answer.get("VersionId"))
 
 
-def foreign_listing(bucket: str, what: str) -> BucketError:
-    message = f"The listing of {bucket} gave {what}, which was not asked for. Nothing was deleted."
-    return BucketError(message, "InvalidAnswer")
+def density_of(page: Page, references: Spool[Reference], place: int) -> int:
+    """References among 1,000 objects there. The first one was sought, and tells nothing."""
+    known = bisect_right(references, page.keys[-1], place, key=key_of) - place if page.keys else 0
+    return max(known - 1, 0) * PAGE // max(len(page.keys) - 1, 1)
 
 
-def dense(wanted: int, objects: int) -> int:
-    """Wanted keys in 1,000 objects."""
-    return min(PAGE, max(wanted, 0) * PAGE // max(objects, 1))
-
-
-def named(item: Candidate) -> Any:
-    """The object in the words of DeleteObject and DeleteObjects."""
-    return {"Key": item.key} | ({"VersionId": item.version_id} if item.version_id else {})
-
-
-# botocore builds the XML of a DeleteObjects request node by node. These two put the same text into
-# the request, three times faster, before it is given its checksum and signature.
-
-
-def take_objects(params: dict[str, Any], context: dict[str, Any], **_: Any) -> Any:
-    """Event `provide-client-params`: set the objects aside, before botocore validates them."""
-    context["objects"] = params["Delete"]["Objects"]
-    return {**params, "Delete": {"Objects": []}}
-
-
-def put_objects(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
-    """Event `before-call`: write the request's body."""
-    objects = "".join(
-        f"<Object><Key>{escape(item['Key'], LINE_FEED)}</Key>"
-        + (f"<VersionId>{item['VersionId']}</VersionId>" if "VersionId" in item else "")
-        + "</Object>"
-        for item in context["objects"]
-    )
-    params["body"] = f'<Delete xmlns="{S3_NAMESPACE}">{objects}</Delete>'.encode()
-
-
-S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
-LINE_FEED = {"\n": "&#xA;"}
-
-
-def batches(candidates: Iterable[Candidate]) -> Iterator[list[Candidate]]:
-    """Cut the plan into requests: up to 1,000 keys, or a single key that XML cannot carry."""
+def batches(items: Iterable[Candidate]) -> Iterator[list[Candidate]]:
+    """Cut keys into requests: up to 1,000, or a single one that XML cannot carry."""
     batch: list[Candidate] = []
-    for candidate in candidates:
-        if NOT_XML.search(candidate.key):
-            yield [candidate]
+    for item in items:
+        if NOT_XML.search(item.key):
+            yield [item]
             continue
-        batch.append(candidate)
+        batch.append(item)
         if len(batch) == BATCH:
             yield batch
             batch = []
@@ -1115,95 +1124,107 @@ def batches(candidates: Iterable[Candidate]) -> Iterator[list[Candidate]]:
         yield batch
 
 
-# Answers are parsed here, not by botocore: it spends most of a listing's time on timestamps, and
-# accepts any well-formed body. botocore calls these with the raw answer before it parses
-# (event `before-parse`), and adds what they put into `customized_response_dict` to its own result.
+# botocore accepts any well-formed body as an answer, and spends most of a listing's time on
+# timestamps. So it calls this with the raw answer before it parses (event `before-parse`), and adds
+# what is put into `customized_response_dict` to its own result.
+
+ROOTS = {
+    "ListObjectsV2": "ListBucketResult",
+    "DeleteObjects": "DeleteResult",
+    "ListObjectVersions": "ListVersionsResult",
+    "GetBucketVersioning": "Versioning",
+}
 
 
 class InvalidAnswer(Exception):
     """The body is not the answer that S3 documents for the request."""
 
 
-ROOT = re.compile(rb"\s*(?:<\?xml[^>]*\?>\s*)?<([^\s>]+)")
-
-
-def answer_reader(
-    root_tag: str, result: str | None, parse: Callable[[bytes], Any]
-) -> Callable[..., None]:
-    """A `before-parse` handler: checks a body, parses it, and spares botocore the work.
-
-    A body that is not what S3 documents becomes a 500 with code InvalidAnswer, which is retried.
-    """
-
-    def read(
-        response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any
-    ) -> None:
-        if response_dict["status_code"] >= 300:
-            return
-        body = response_dict["body"]
-        try:
-            found = ROOT.match(body)
-            tag = found[1].decode() if found else ""
-            if tag == "Error":
-                return  # botocore knows these: S3 answers 200 before it knows that it fails
-            if root_tag not in tag:
-                raise InvalidAnswer(f"a <{tag}> instead of a <{root_tag}>")
-            parsed = parse(body)
-        except (ElementTree.ParseError, InvalidAnswer, ValueError) as error:
-            response_dict["status_code"] = 500
-            response_dict["body"] = (
-                "<Error><Code>InvalidAnswer</Code><Message>not an answer of S3's: "
-                f"{type(error).__name__}</Message></Error>"
-            ).encode()
-            log.debug("invalid answer from S3: %s", error)
-            return
-        if result is not None:
-            customized_response_dict[result] = parsed
+def read_answer(
+    operation_model: Any,
+    response_dict: dict[str, Any],
+    customized_response_dict: dict[str, Any],
+    **_: Any,
+) -> None:
+    """Check that the body is an answer to the operation, and parse a listing. One that is not what
+    S3 documents becomes a 500 with the code InvalidAnswer, which is tried again."""
+    wanted = ROOTS.get(operation_model.name)
+    if wanted is None or response_dict["status_code"] >= 300:
+        return
+    try:
+        body = response_dict["body"].decode()
+        root = re.match(r"\s*(?:<\?xml[^>]*\?>\s*)?<([\w:]+)[^>]*?(/?)>", body)
+        if root and root[1] == "Error":
+            return  # botocore knows these: S3 answers 200 before it knows that it fails
+        if not root or wanted not in root[1]:
+            raise InvalidAnswer(f"no <{wanted}>")
+        if not root[2] and not body.rstrip().endswith(f"</{root[1]}>"):
+            raise InvalidAnswer("the end is missing")
+        if wanted == "ListVersionsResult":
+            only("IsTruncated", body)
+        if wanted in PARSERS:
+            name, parse = PARSERS[wanted]
+            customized_response_dict[name] = parse(body)
             response_dict["body"] = b""
-
-    return read
-
-
-def element(tag: str, content: str = "[^<]*") -> re.Pattern[bytes]:
-    return re.compile(f"<{tag}>({content})</{tag}>".encode())
+    except (ElementTree.ParseError, InvalidAnswer, ValueError) as error:
+        log.debug("invalid answer from S3: %s", error)
+        fault = f"<Code>InvalidAnswer</Code><Message>{type(error).__name__}</Message>"
+        response_dict.update(status_code=500, body=f"<Error>{fault}</Error>".encode())
 
 
-MOMENT = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?Z"
-OBJECTS = re.compile(b"<Contents>.*</Contents>", re.DOTALL)
-COLUMNS = element("Key"), element("Size", "[0-9]+"), element("LastModified", MOMENT)
+MOMENT = r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(?:\.\d+)?Z"
+PATTERNS = {"Key": "[^<]*", "Size": "[0-9]+", "LastModified": MOMENT}
+COLUMNS = [re.compile(f"<{tag}>({content})</{tag}>", re.ASCII) for tag, content in PATTERNS.items()]
+OBJECTS = re.compile("<Contents>.*</Contents>", re.DOTALL)
 
 
-def parse_listing(body: bytes) -> Page:
-    """ListBucketResult → Page. botocore asks for EncodingType=url, so keys are percent-encoded.
+def parse_listing(body: str) -> Page:
+    """ListBucketResult -> Page. botocore asks for EncodingType=url, so keys are percent-encoded.
 
     By pattern, in a third of the time of an XML parser; that the body is whole is seen from its
     end, from KeyCount, and from every object having each column once.
     """
-    frame = OBJECTS.sub(b"", body)
-    if not frame.rstrip().endswith(b"</ListBucketResult>"):
-        raise InvalidAnswer("the end is missing")
-    raw, sizes, dates = columns = [column.findall(body) for column in COLUMNS]
+    frame = OBJECTS.sub("", body)
+    raw, sizes, moments = columns = [column.findall(body) for column in COLUMNS]
     count = int(only("KeyCount", frame))
-    if any(len(column) != count for column in columns) or body.count(b"<Contents>") != count:
+    if any(len(column) != count for column in columns) or body.count("<Contents>") != count:
         raise InvalidAnswer("an object without key, size or date, or not as many as KeyCount says")
-    keys = list(map(plain, map(bytes.decode, raw)))
-    if b"<EncodingType>url</EncodingType>" in frame:
-        decode = partial(unquote_plus, errors="strict")
-        keys = [decode(key) if "%" in key or "+" in key else key for key in keys]
-    bucket = only("Name", frame)
-    if only("IsTruncated", frame) == "false":
-        return Page(keys, sizes, dates, None, bucket)
-    if not keys:
-        raise InvalidAnswer("truncated before the first key")
-    return Page(keys, sizes, dates, only("NextContinuationToken", frame), bucket)
+    keys = list(map(plain, raw))
+    if "<EncodingType>url</EncodingType>" in frame:
+        keys = [unquote_plus(k, errors="strict") if "%" in k or "+" in k else k for k in keys]
+    token = None if only("IsTruncated", frame) == "false" else only("NextContinuationToken", frame)
+    begins = re.findall("<(?:StartAfter|ContinuationToken)>([^<]*)<", frame)
+    asked = [plain(where) for where in begins]
+    asked += map(unquote_plus, asked[:])
+    return Page(keys, sizes, moments, token, only("Name", frame), asked)
 
 
-def only(tag: str, text: bytes) -> str:
+def parse_deletes(body: str) -> dict[str, Verdict]:
+    """DeleteResult -> what S3 said of each key; of two answers to a key the error counts."""
+    verdicts: dict[str, Verdict] = {}
+    for node in ElementTree.fromstring(body):
+        facts = {child.tag.rpartition("}")[2]: child.text or "" for child in node}
+        if node.tag.endswith("Error"):
+            code = facts.get("Code") or "unknown"
+            verdicts[facts.get("Key", "")] = Verdict(code, facts.get("Message", ""))
+        elif node.tag.endswith("Deleted"):
+            done = Verdict(marker=facts.get("DeleteMarkerVersionId"))
+            verdicts.setdefault(facts.get("Key", ""), done)
+    return verdicts
+
+
+PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "ListBucketResult": ("Page", parse_listing),
+    "DeleteResult": ("Verdicts", parse_deletes),
+}
+
+
+def only(tag: str, text: str) -> str:
     """The text of the only element that is called so."""
-    found = element(tag).findall(text)
+    found = re.findall(f"<{tag}>([^<]*)</{tag}>", text)
     if len(found) != 1:
         raise InvalidAnswer(f"{len(found)} <{tag}>")
-    return plain(found[0].decode())
+    return plain(found[0])
 
 
 def plain(text: str) -> str:
@@ -1211,357 +1232,274 @@ def plain(text: str) -> str:
     return (ElementTree.fromstring(f"<x>{text}</x>").text or "") if "&" in text else text
 
 
-def check_versions(body: bytes) -> None:
-    """Whether a ListVersionsResult is one; botocore reads it."""
-    root = tree(body)
-    if root.find("Name") is None or root.find("IsTruncated") is None:
-        raise InvalidAnswer("without name or end")
-
-
-def parse_deletes(body: bytes) -> list[Verdict]:
-    """DeleteResult → the verdicts in it."""
-    verdicts = []
-    for item in tree(body):
-        if item.tag not in ("Deleted", "Error"):
-            continue
-        facts = {child.tag: child.text or "" for child in item}
-        code = facts.get("Code", "") if item.tag == "Error" else None
-        if "Key" not in facts or code == "":
-            raise InvalidAnswer(f"<{item.tag}> without key or code")
-        version, marker = facts.get("VersionId") or None, facts.get("DeleteMarkerVersionId")
-        verdicts.append(Verdict(facts["Key"], code, facts.get("Message", ""), version, marker))
-    return verdicts
-
-
-def tree(body: bytes) -> ElementTree.Element:
-    """The answer as a tree, its tags without S3's namespace."""
-    root = ElementTree.fromstring(body)
-    for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]
-    return root
-
-
-ANSWERS = {
-    "ListObjectsV2": answer_reader("ListBucketResult", "Page", parse_listing),
-    "DeleteObjects": answer_reader("DeleteResult", "Verdicts", parse_deletes),
-    "ListObjectVersions": answer_reader("ListVersionsResult", None, check_versions),
-    "GetBucketVersioning": answer_reader("Versioning", None, ElementTree.fromstring),
-}
-
-
 @contextmanager
-def bucket_errors(doing: str) -> Iterator[None]:
-    """Turn what botocore raises into a BucketError of one line: what was done, why it failed."""
+def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
+    """Turn what botocore raises into a PurgeError of one line: what was done, why it failed.
+
+    `right` is the IAM permission that it takes.
+    """
     try:
         yield
     except ClientError as error:
-        code, message = code_and_message(error)
-        advice = BUCKET_ADVICE.get(code, "")
-        raise BucketError(one_line(f"{doing}: {code}: {message} {advice}"), code) from error
-    except HTTPClientError as error:
-        raise BucketError(one_line(f"{doing}: {error}"), "NoAnswer") from error
-    except BotoCoreError as error:
-        advice = "Check AWS credentials, --profile and --region."
-        raise BucketError(one_line(f"{doing}: {error} {advice}"), type(error).__name__) from error
+        facts = error.response.get("Error", {})
+        code, message = facts.get("Code") or "unknown", facts.get("Message") or ""
+        advice = f"The AWS identity needs {right}." if code == "AccessDenied" else ""
+        advice = advice or BUCKET_ADVICE.get(code, "")
+        raise PurgeError(f"{doing}: {code}: {message.rstrip('.')}. {advice}", code) from error
+    except (HTTPClientError, NoConnection) as error:
+        raise PurgeError(f"{doing}: {error}", "NoAnswer") from error
 
 
 BUCKET_ADVICE = {
     "NoSuchBucket": "Check --bucket.",
-    "AccessDenied": (
-        "The AWS identity needs s3:ListBucket and s3:GetBucketVersioning on the bucket and "
-        "s3:DeleteObject on its objects; in a versioned bucket also s3:ListBucketVersions, and "
-        "for --undo s3:DeleteObjectVersion."
-    ),
     "ExpiredToken": "The AWS credentials ended; run again with fresh ones.",
+    "InvalidAccessKeyId": "The AWS access key does not exist: check --profile, the credentials.",
+    "SignatureDoesNotMatch": "The AWS secret key is not that of the access key.",
     "PermanentRedirect": "Check --region: the bucket is in another one.",
     "RequestTimeTooSkewed": "Set this host's clock.",
 }
 
 
-def code_and_message(error: ClientError) -> tuple[str, str]:
-    answer = error.response.get("Error", {})
-    return answer.get("Code") or "unknown", answer.get("Message") or ""
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 # ---------------------------------------------------------------------------------------------
-# Report: what is counted, printed and returned
+# Report: what is counted, printed, logged and returned
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Report:
-    """The run in numbers. Every planned key of a purge ends in deleted, retained or failed."""
+    """The run in numbers: the summary of the Contract, field by field. Every planned key ends as
+    one of deleted, failed, retained, and in a run that was stopped as not attempted. What is not
+    known (yet) is None."""
 
-    mode: str
-    bucket: str
-    prefix: str
-    table: str
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    cutoff: datetime | None = None
-    versioning: str = "off"
-    totals: Totals = field(default_factory=Totals)
-    deleted: Tally = field(default_factory=Tally)
+    version: str = VERSION
+    mode: str = "purge"  # or dry-run, undo, undo-dry-run
+    bucket: str = ""
+    prefix: str = ""
+    table: str | None = None
+    cutoff: str | None = None
+    versioning: str | None = None
+    planned: dict[str, int] | None = None
+    deleted: Tally = field(default_factory=Tally)  # in an undo "restored"
     retained: int = 0
     failed: int = 0
-    requests: Requests = field(default_factory=Requests)
-    max_recheck_age: float = 0.0  # seconds
-    started: float = field(default_factory=time.monotonic)
+    not_attempted: int | None = None
+    missing: int | None = None
+    dangling: int | None = None
     jobs_deleted: int = 0
-    plan_complete: bool = False
-    error: PurgeError | None = None
+    recoverable: bool | None = None
+    requests: dict[str, int] = field(default_factory=lambda: {"list": 0, "delete": 0})
+    max_recheck_age_seconds: float | None = None
+    seconds: float = field(default_factory=time.monotonic)  # first the moment of the start
+    exit_code: int = 0
+    error: str | None = None
 
     @property
-    def exit_code(self) -> int:
-        """0 done or nothing to do; the error's own code; 4 finished, but some keys failed."""
-        if self.error is not None:
-            return self.error.exit_code
-        return 4 if self.failed else 0
+    def undoes(self) -> bool:
+        return self.mode.startswith("undo")
+
+    def plan(self, totals: Totals, whole: bool = False, rows: bool = False) -> None:
+        """The plan is complete; `whole` if all objects were listed, `rows` if job rows may go."""
+        self.planned = asdict(totals.planned) | {"jobs": totals.expired_jobs if rows else 0}
+        self.missing, self.dangling = totals.missing, totals.dangling if whole else None
+
+    def end(self, error: PurgeError | None) -> None:
+        """Exit code: of the first error; else 4 if some keys failed, 0 done or nothing to do."""
+        if self.error is None:
+            self.error = None if error is None else error.message
+            self.exit_code = error.exit_code if error else 4 if self.failed else 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "run_id": self.run_id,
-            "mode": self.mode,
-            "bucket": self.bucket,
-            "prefix": self.prefix,
-            "table": self.table,
-            "cutoff": self.cutoff and self.cutoff.isoformat(),
-            "versioning": self.versioning,
-            "planned": asdict(self.totals.planned),
-            "deleted": asdict(self.deleted),
-            "retained": self.retained,
-            "failed": self.failed,
-            "missing": self.totals.missing,
-            "jobs_deleted": self.jobs_deleted,
-            "recoverable": self.versioning == "enabled"
-            and self.mode == "purge"
-            and self.deleted.objects > 0,
-            "requests": asdict(self.requests),
-            "max_recheck_age_seconds": round(self.max_recheck_age, 3),
-            "seconds": round(time.monotonic() - self.started, 3),
-            "exit_code": self.exit_code,
-            "error": self.error and self.error.message,
-        }
+        facts = asdict(self)
+        facts["seconds"] = round(time.monotonic() - self.seconds, 3)
+        if self.planned is not None:
+            ended = self.deleted.objects + self.failed + (0 if self.undoes else self.retained)
+            planned = self.planned["expired"] + self.planned["orphan"]
+            facts["not_attempted"] = 0 if self.mode.endswith("dry-run") else planned - ended
+        return {RESTORED.get(name, name) if self.undoes else name: facts[name] for name in facts}
 
     def as_text(self) -> str:
-        """The same for an operator, a line for each fact."""
-        facts = self.as_dict()
-        lines = [
-            ("run", f"{self.run_id} ({self.mode})"),
-            ("bucket", f"s3://{self.bucket}/{self.prefix} (versioning {self.versioning})"),
-            ("table", self.table),
-            ("cutoff", f"{facts['cutoff']}: TRIAL jobs completed before it are expired"),
-            ("planned", in_words(self.totals.planned)),
-            ("deleted", in_words(self.deleted)),
-            ("retained", f"{self.retained} planned, but a job refers to them by now"),
-            ("failed", f"{self.failed}"),
-            ("missing", f"{self.totals.missing} {MISSING[self.mode]}"),
-            ("jobs", f"{self.jobs_deleted} expired job rows deleted"),
-            ("requests", f"{self.requests.list} LIST, {self.requests.delete} DELETE"),
-            ("re-check", f"at most {self.max_recheck_age:.3f} s before its request"),
-            ("seconds", f"{facts['seconds']}"),
-            ("exit code", f"{self.exit_code}"),
-        ]
-        text = "\n".join(
-            f"{name:<10}{fact}" for name, fact in lines if name not in HIDDEN[self.mode]
-        )
-        return text if self.mode == "undo" else text + VERSIONING_ADVICE[self.versioning]
+        """The same for an operator: a line for each fact that is known and was asked for."""
+        facts, lines = self.as_dict() | {"bucket": f"s3://{self.bucket}/{self.prefix}"}, []
+        hidden = {"prefix", "version", "recoverable", "error"}
+        if self.mode.endswith("dry-run"):
+            hidden |= {"deleted", "restored", "retained", "failed", "not_attempted", "jobs_deleted"}
+        if not (self.planned and self.planned["jobs"]):
+            hidden |= {"jobs", "jobs_deleted"}
+        if self.dangling is None and not self.undoes:
+            hidden.add("orphan")
+        for name in [name for name in facts if name not in hidden and facts[name] is not None]:
+            text = facts[name]
+            if isinstance(text, dict):
+                counts = [(n, what) for what, n in text.items() if what not in hidden]
+                text = ", ".join(f"{n} {what}{in_units(n, what)}" for n, what in counts)
+            meaning = MEANINGS.get(f"{name} in an undo" if self.undoes else name, "")
+            lines.append(f"{name.replace('_', ' '):<24}{text}{meaning}")
+        advice = ("restored" if self.deleted.objects else "") if self.undoes else self.versioning
+        return "\n".join(lines + [ADVICE[key] for key in (advice or "",) if key in ADVICE])
 
 
-# What the text summary says of missing keys, and leaves out, in each mode.
-MISSING = dict.fromkeys(("purge", "dry-run"), "expired keys have no object")
-MISSING["undo"] = "delete markers are gone already"
-HIDDEN = {
-    "purge": (),
-    "dry-run": ("deleted", "retained", "failed", "jobs", "re-check"),
-    "undo": ("table", "cutoff", "retained", "jobs", "re-check"),
+RESTORED = {"deleted": "restored"}
+# What the numbers of the summary mean, and what may come next.
+MEANINGS = {
+    "cutoff": ": TRIAL jobs completed before it are expired",
+    "retained": " planned, but a job refers to them by now, or their jobs have vanished",
+    "retained in an undo": " cannot be brought back; the log says why",
+    "not_attempted": " planned, but the run stopped",
+    "missing": " expired keys have no object",
+    "missing in an undo": " have an object already",
+    "dangling": " keys of remaining jobs have no object: it may be lost data",
 }
-VERSIONING_ADVICE = {
-    "off": "",
-    "enabled": "\nThe bucket is versioned: deleted objects are hidden behind delete markers, and no"
-    "\nspace is freed until a lifecycle rule expires old versions. Till then --undo AUDIT_LOG"
-    "\nbrings them back.",
-    "suspended": "\nVersioning is suspended: deleted objects are gone, a run cannot be undone.",
+ADVICE = {
+    "enabled": "The bucket is versioned: a delete hides an object, and frees its space when a\n"
+    "lifecycle rule expires old versions. Till then --undo AUDIT_LOG brings it back.",
+    "suspended": "Versioning is suspended: objects written since are gone once deleted, older\n"
+    "ones are hidden behind a delete marker.",
+    "restored": "The next purge deletes these keys again, unless its schedule is stopped or an\n"
+    "OFFICIAL job refers to them.",
 }
 
 
-def in_words(tally: Tally) -> str:
-    """`17 objects, 357 bytes (17 expired, 0 orphans)`"""
-    reasons = f"{tally.expired} expired, {tally.orphan} orphans"
-    return f"{tally.objects} objects, {tally.bytes} bytes ({reasons})"
+def in_units(count: int, what: str) -> str:
+    """Many bytes in larger units, as a remark."""
+    unit = min((max(count, 1).bit_length() - 1) // 10, 4) if what == "bytes" else 0
+    return f" ({count / 1024**unit:.1f} {'KMGT'[unit - 1]}iB)" if unit else ""
 
 
-def watched(items: Iterable[T], phase: str, total: int | None = None) -> Iterator[T]:
+def watched(
+    items: Iterable[T], phase: str, total: int | None = None, minutely: Callable[[], Any] = list
+) -> Iterator[T]:
     """The same items. Says on standard error how far they are, and how fast: with a progress bar on
-    a terminal, otherwise (a cron log) with a line a minute."""
+    a terminal, otherwise (a cron log) with a line a minute. Calls `minutely` as often."""
     started = told = time.monotonic()
-    with ExitStack() as stack:
-        bar = None
-        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
-            bar = stack.enter_context(progress_bar(phase, total))
-        count = shown = 0
-        for count, item in enumerate(items, 1):
-            yield item
-            if count % 100 and total != count:
-                continue
-            now = time.monotonic()
-            rate = count / max(now - started, 0.001)
-            if bar is not None:
-                bar.update(count - shown, f"{rate:,.0f}/s")
-                shown = count
-            elif now - told >= 60:
-                left = f" of {total:,}, {(total - count) / rate:,.0f} s left" if total else ""
-                log.info("%s: %s%s, %s/s", phase, f"{count:,}", left, f"{rate:,.0f}")
-                told = now
-
-
-def progress_bar(phase: str, total: int | None) -> ProgressBar[Any]:
-    """click's bar, with position, remaining time, and the rate that `update` is given."""
-    return click.progressbar(
-        repeat(None),
+    shows = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+    with click.progressbar(
+        repeat(""),
         length=total,
         label=phase,
         show_pos=True,
         item_show_func=lambda rate: rate,
-        file=sys.stderr,
         update_min_steps=1,
-    )
+        file=sys.stderr,
+        hidden=not shows,
+    ) as bar:
+        for count, item in enumerate(items, 1):
+            if count % 100 == 0 or count == total:
+                now = time.monotonic()
+                rate = count / max(now - started, 0.001)
+                bar.update(count - bar.pos, f"{rate:,.0f}/s")
+                if now - told >= 60:
+                    told = now
+                    minutely()
+                    left = f" of {total:,}, {(total - count) / rate:,.0f} s left" if total else ""
+                    if not shows:
+                        log.info("%s: %s%s, %s/s", phase, f"{count:,}", left, f"{rate:,.0f}")
+            yield item
 
 
 class Ledger:
-    """Accounts for every key: in the report, in the audit log, failures also on standard error.
+    """Accounts for every key: in the report, in the audit log, causes of failure also on standard
+    error, the same on many keys in one line.
 
-    The audit log is JSON Lines, appended: `start`, then `delete` (the intent, on disk before its
-    request leaves), `deleted`, `failed` or `retained` for each key, and `end` with the summary.
+    The audit log is JSON Lines, appended: `start`; `plan`; for each key `delete` (the intent, on
+    disk before its request leaves) and `deleted`, `failed` or `retained`; for each job row
+    `delete-job` (the intent); `end` with the summary. An undo writes `restore` and `restored`.
     """
 
     def __init__(self, report: Report) -> None:
         self.report = report
         self._file: io.FileIO | None = None
-        self._started = False
         self._broken: OSError | None = None
+        self._causes: dict[str, list[str]] = {}  # what happened -> the keys, the first three
+        self._counts: Counter[str] = Counter()
+        self._intent, self._done = "delete", "deleted"
+        if report.undoes:
+            self._intent, self._done = "restore", "restored"
 
-    def open(self, path: Path | None) -> None:
+    def start(self, path: Path, settings: dict[str, Any]) -> None:
         """Raises UsageError if the file cannot be appended to."""
-        if path is None:
-            return
         try:
-            self._file = io.FileIO(path, "a+")
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._file = io.FileIO(os.open(path, flags, 0o600), "a+")
             if self._file.seek(0, os.SEEK_END):
                 self._file.seek(-1, os.SEEK_END)
                 if self._file.read() != b"\n":  # a run that was killed left its last line cut
                     self._file.write(b"\n")
         except OSError as error:
             raise UsageError(f"Cannot write the audit log {path}: {error.strerror}.") from error
+        where = {name: getattr(self.report, name) for name in ("mode", "bucket", "prefix", "table")}
+        self.write("start", [{"version": VERSION, **where, "options": settings}], sync=True)
 
-    def start(self, options: Options) -> None:
-        report = self.report
-        where = {"bucket": report.bucket, "prefix": report.prefix, "table": report.table}
-        cutoff = report.cutoff and report.cutoff.isoformat()
-        self._started = True
-        self._write([self._event("start", **where, cutoff=cutoff, options=asdict(options))])
-        self._check()
-
-    def intend(self, candidates: list[Candidate]) -> None:
-        """Put the keys on disk, before their request. Raises PurgeError if that fails."""
-        self._write((self._key_event("delete", item) for item in candidates), sync=True)
-        self._check()
-
-    def deleted(self, item: Candidate, marker: str | None) -> None:
-        self.report.deleted.add(item)
-        self._note("deleted", item, {"version_id": marker} if marker else {})
-
-    def retained(self, item: Candidate) -> None:
-        self.report.retained += 1
-        log.info("retained %s: a job refers to it by now", printable(item.key))
-        self._note("retained", item, {})
-
-    def failed(self, item: Candidate, verdict: Verdict) -> None:
-        self.report.failed += 1
-        if verdict.code != NOT_ATTEMPTED:
-            reason = one_line(f"{verdict.code}: {verdict.message}")
-            log.error("failed %s: %s", printable(item.key), reason)
-        self._note("failed", item, {"code": verdict.code, "message": verdict.message})
-
-    def end(self) -> None:
-        """Close the log with the summary. Raises PurgeError if the log has a gap."""
-        if self._started:
-            self._write([self._event("end", **self.report.as_dict())], sync=True)
-            self._check()
-
-    def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._write([self._key_event(event, item, **more)])
-
-    def _key_event(self, event: str, item: Candidate, **more: Any) -> dict[str, Any]:
-        known = {"key": item.key, "reason": item.reason, "size": item.size}
-        return self._event(event, **known, last_modified=item.last_modified, **more)
-
-    def _event(self, event: str, **more: Any) -> dict[str, Any]:
-        now = datetime.now(UTC).isoformat()
-        return {"event": event, "run_id": self.report.run_id, "time": now} | more
-
-    def _write(self, events: Iterable[dict[str, Any]], sync: bool = False) -> None:
-        """Append whole lines. After a failed write nothing more is: the log ends where it broke."""
-        if self._file is None or self._broken is not None:
+    def write(self, event: str, items: Iterable[dict[str, Any]], sync: bool = False) -> None:
+        """Append a line for each item. After a failed write nothing more is: the log ends where it
+        broke. Raises PurgeError then, and ever after."""
+        if self._file is None:
             return
-        lines = "".join(json.dumps(event, default=str) + "\n" for event in events).encode()
+        head = {"event": event, "run_id": self.report.run_id, "time": datetime.now(UTC).isoformat()}
         try:
+            if self._broken is not None:
+                raise self._broken
+            lines = "".join(json.dumps(head | item, default=str) + "\n" for item in items).encode()
             while lines:
                 lines = lines[self._file.write(lines) :]
             if sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
             self._broken = error
+            reason = f"Cannot write the audit log: {error.strerror}. Mend that and run again."
+            raise PurgeError(reason) from error
 
-    def _check(self) -> None:
-        if self._broken is not None:
-            reason = self._broken.strerror
-            raise PurgeError(f"Cannot write the audit log: {reason}. Mend that and run again.")
+    def plan(self, totals: Totals, s3_lead: timedelta) -> None:
+        """How far S3's clock is ahead tells an undo which markers are younger than an intent."""
+        lead = {"s3_lead_seconds": s3_lead.total_seconds()}
+        self.write("plan", [self.report.as_dict() | asdict(totals) | lead])
+
+    def intend(self, items: list[Candidate]) -> None:
+        """Put the keys on disk, before their request. Raises PurgeError if that fails."""
+        self.write(self._intent, map(facts_of, items), sync=True)
+
+    def deleted(self, item: Candidate, marker: str | None) -> None:
+        self.report.deleted.add(item)
+        self._note(self._done, item, {"version_id": marker} if marker else {})
+
+    def retained(self, item: Candidate, why: str) -> None:
+        self.report.retained += 1
+        self._note("retained", item, {"message": why})
+
+    def failed(self, item: Candidate, verdict: Verdict) -> None:
+        self.report.failed += 1
+        self._note("failed", item, {"code": verdict.code, "message": verdict.message})
+
+    def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
+        if self._file is not None:
+            with suppress(PurgeError):  # the next intent, or the end, will say so
+                self.write(event, [facts_of(item) | more])
+        if event != self._done:
+            cause = " ".join(f"{event}: {': '.join(more.values())}".split())
+            if len(self._causes) >= 20 and cause not in self._causes:
+                cause = f"{event}: other causes"
+            self._counts[cause] += 1
+            keys = self._causes.setdefault(cause, [])
+            keys += [printable(item.key)] * (len(keys) < 3)
+
+    def end(self) -> None:
+        """Close the log with the summary. Raises PurgeError if the log has a gap."""
+        self.write("end", [self.report.as_dict()], sync=True)
+
+    def tell_causes(self) -> None:
+        for cause, keys in self._causes.items():
+            more = ", ..." if self._counts[cause] > len(keys) else ""
+            level = logging.ERROR if cause.startswith("failed") else logging.WARNING
+            log.log(level, "%d keys %s (%s%s)", self._counts[cause], cause, ", ".join(keys), more)
+
+
+def facts_of(item: Candidate) -> dict[str, Any]:
+    return {name: fact for name, fact in item._asdict().items() if fact is not None}
 
 
 # ---------------------------------------------------------------------------------------------
-# Execution
+# Rounds: the plan is carried out
 # ---------------------------------------------------------------------------------------------
-
-
-class StopSignals:
-    """SIGINT and SIGTERM. The first ends the run in order, a second one at once.
-
-    While the run only reads, the signal raises Interrupted where it arrives. After `defer` it is
-    only noted, and `check` raises: between two batches, so that all in flight is accounted for.
-    """
-
-    def __init__(self) -> None:
-        self._received: int | None = None
-        self._deferred = False
-        self.event = threading.Event()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._receive)
-
-    def _receive(self, signum: int, _frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        self._received = signum
-        self.event.set()
-        if not self._deferred:
-            raise Interrupted(signum)
-
-    def defer(self) -> None:
-        self._deferred = True
-
-    def check(self) -> None:
-        if self._received is not None:
-            raise Interrupted(self._received)
-
-    def between(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items, with a check before each."""
-        for item in items:
-            self.check()
-            yield item
 
 
 class Pace:
@@ -1572,7 +1510,7 @@ class Pace:
     """
 
     def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._clock = rate, clock
+        self.rate, self._clock = rate, clock
         self._filled = 0.0  # when the bucket is full again
         self._pause = self._until = 0.0
 
@@ -1582,331 +1520,262 @@ class Pace:
         return max(0.0, self._filled - self._clock(), self._until - self._clock())
 
     def sent(self, objects: int) -> None:
-        if self._rate:
-            self._filled = max(self._filled, self._clock()) + objects / self._rate
+        if self.rate:
+            self._filled = max(self._filled, self._clock()) + objects / self.rate
 
-    def ease_off(self) -> None:
-        """After a retryable failure: pause before the next request, longer each time.
+    def answered(self, again: bool) -> None:
+        """After a retryable failure (`again`): pause before the next request, longer each time.
 
         Answers to requests that left before the pause do not make it longer.
         """
-        if self._clock() >= self._until:
+        if not again:
+            self._pause /= 2
+        elif self._clock() >= self._until:
             self._pause = min(max(self._pause * 2, FIRST_PAUSE), LAST_PAUSE)
             self._until = self._clock() + self._pause * random.uniform(0.5, 1)
 
-    def recover(self) -> None:
-        """After a success."""
-        self._pause /= 2
+
+@dataclass(slots=True)
+class Tried:
+    """What became of a key's requests so far; `since` is the moment of its first intent."""
+
+    since: datetime
+    verdict: Verdict
+    tries: int = 0
+    lost: bool = False  # one of them may yet take effect
 
 
-@dataclass
-class Batch:
-    """Keys that go in one request."""
+class Rounds:
+    """Carries out a plan, one round after the other: re-check, intent, request, wait, account; the
+    same again with what may be tried again; then the job rows. This thread decides, others send.
 
-    candidates: list[Candidate]
-    tries: int = 0  # requests sent so far
-    verdicts: dict[Candidate, Verdict] = field(default_factory=dict)  # of the last try
-    checked: float = 0.0  # when its re-check began (monotonic seconds)
-    age: float = 0.0  # seconds from then to its request
-
-
-def start_threads(pool: ThreadPoolExecutor, count: int) -> None:
-    """Start all threads of a pool now: a thread that cannot start must not fail a later `submit`,
-    which would have queued its task all the same."""
-    together = threading.Barrier(count + 1)
-    try:
-        for _ in range(count):
-            pool.submit(together.wait)
-    except RuntimeError as error:
-        together.abort()
-        raise PurgeError(f"Cannot start {count} threads ({error}): lower --workers.") from error
-    together.wait()
-
-
-class Execution:
-    """Carries out a plan: this thread re-checks and accounts, a pool of workers sends requests.
-
-    A batch waits nowhere between its re-check and its request: first a free worker is awaited, then
-    the table is asked, then the request leaves. A key that S3 cannot delete just now goes through
-    all of that again. Where a re-check is dear, one serves several batches, up to `max_chunk`.
-
-    `in_use` tells which keys of some candidates must stay, at this moment.
+    With an index each batch is re-checked just before its own request, without one query serves the
+    round. In an undo there are no `jobs`, and nothing to re-check.
     """
 
     def __init__(
-        self,
-        bucket: Bucket,
-        ledger: Ledger,
-        stop: StopSignals,
-        options: Options,
-        in_use: Callable[[list[Candidate]], set[str]],
-        max_chunk: int = 1,
+        self, bucket: Bucket, ledger: Ledger, stop: Stop, pace: Pace, jobs: JobTable | None
     ) -> None:
-        self._bucket, self._ledger, self._stop = bucket, ledger, stop
-        self._workers, self._in_use = options.workers, in_use
-        self._pace = Pace(options.max_rate)
-        share = BATCH / options.max_rate / 4 if options.max_rate else 0
-        self._dear = min(max(CHEAP_RECHECK, share), DEAR_RECHECK)
-        self._in_flight: dict[Future[None], Batch] = {}
-        self._retries: deque[Batch] = deque()
-        self._checked: deque[Batch] = deque()  # free to be sent
-        self._chunk, self._max_chunk = 1, max_chunk  # batches in the next re-check
+        self._bucket, self._ledger, self._stop, self._pace = bucket, ledger, stop, pace
+        self._jobs, self._rows, self._advised = jobs, False, False
+        self._scans = jobs is not None and not jobs.indexed
+        self._pending: dict[Candidate, Tried | None] = {}  # of the round, without an end yet
+        self._gone: set[str] = set()  # keys deleted in the round
+        self._in_flight = 0
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _request, for _settle
 
-    def run(self, candidates: Iterable[Candidate]) -> None:
-        """Each candidate ends as exactly one of deleted, failed, retained in the ledger.
+    def run(self, plan: Spool[Candidate], rows: bool = False) -> None:
+        """Each candidate ends as deleted, failed or retained in the ledger; `rows`: with job rows.
 
-        Raises PurgeError if the run had to stop: what was in flight is finished and accounted for,
-        what was not attempted counts as failed.
+        Raises PurgeError, or Interrupted, if the run had to stop: what was in flight is finished
+        and accounted for, the rest of the plan not attempted.
         """
-        source = map(Batch, batches(candidates))
-        with ThreadPoolExecutor(self._workers) as pool:
-            start_threads(pool, self._workers)
-            try:
-                while self._next_is_ready(source):
-                    self._ledger.intend(self._checked[0].candidates)
-                    batch = self._checked.popleft()
-                    self._in_flight[pool.submit(self._send, batch)] = batch
-                    self._pace.sent(len(batch.candidates))
-            finally:
-                self._finish(source)
+        self._rows = rows
+        progress = watched(repeat(None), "deleting" if self._jobs else "restoring", len(plan))
+        for items in self._cut(plan):
+            self._round(items)
+            deque(islice(progress, len(items)), maxlen=0)
 
-    def _next_is_ready(self, source: Iterator[Batch]) -> bool:
-        """Wait until a worker is free and a batch re-checked for it; False when all is done."""
-        while True:
-            while len(self._in_flight) >= self._workers:
-                self._settle(FIRST_COMPLETED)
-            if (delay := self._pace.delay) > 0:
-                self._stop.event.wait(delay)
-            self._stop.check()
-            self._drop_stale()
-            if self._checked:
-                return True
-            if not self._recheck(source):
-                if not self._in_flight:
-                    return False
-                self._settle(FIRST_COMPLETED)  # it may have to be retried
-
-    def _drop_stale(self) -> None:
-        """Re-checks that have grown too old are done again."""
-        if self._checked and time.monotonic() - self._checked[0].checked > MAX_RECHECK_AGE:
-            self._retries.extend(self._checked)
-            self._checked.clear()
-
-    def _recheck(self, source: Iterator[Batch]) -> bool:
-        """Ask which keys of the next batches are in use by now; False if no batch is left."""
-        chunk: list[Batch] = []
-        try:
-            for batch in self._take(source):
-                chunk.append(batch)
-                self._find_lost_answers(batch)
-            started = time.monotonic()
-            used = self._in_use([item for batch in chunk for item in batch.candidates])
-            gone = self._gone(chunk, used)
-        except BaseException:
-            self._retries.extend(chunk)  # where `_finish` accounts for them
-            raise
-        cost = time.monotonic() - started
-        for batch in chunk:
-            for item in batch.candidates:
-                if item.key in gone:
-                    self._ledger.deleted(item, None)
-                elif item.key in used:
-                    self._ledger.retained(item)
-            batch.candidates = [item for item in batch.candidates if item.key not in used]
-            batch.checked = started
-            if batch.candidates:
-                self._checked.append(batch)
-        # Were the cost a scan's, whatever is asked, then so many would make it cheap enough.
-        self._chunk = max(1, min(int(cost / self._dear), self._max_chunk))
-        return bool(chunk)
-
-    def _take(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches of the next re-check, retries first."""
+    def _cut(self, plan: Iterable[Candidate]) -> Iterator[list[Candidate]]:
+        """Cut the plan where the SQL, the memory or a re-check's age would grow too large."""
+        most = ROUND_KEYS if self._scans else self._bucket.workers * BATCH
+        if self._scans and self._pace.rate:
+            most = min(most, self._pace.rate * ROUND_SECONDS)
+        items: list[Candidate] = []
         size = 0
-        for _ in range(self._chunk):
-            if size > CHUNK_BYTES:
-                return
-            batch = self._retries.popleft() if self._retries else next(source, None)
-            if batch is None:
-                return
-            yield batch
-            size += sum(2 * len(item.key.encode()) + 64 for item in batch.candidates)
+        for item in plan:
+            items.append(item)
+            size += 2 * len(item.key.encode()) + 64
+            if len(items) >= most or size > ROUND_BYTES:
+                yield items
+                items, size = [], 0
+        if items:
+            yield items
 
-    def _find_lost_answers(self, batch: Batch) -> None:
-        """In a versioned bucket, find out which keys an earlier try has deleted after all.
-
-        Deleting them again would put a second marker on top, of which no log would know.
-        """
-        if not batch.tries or self._ledger.report.versioning != "enabled":
-            return
-        gone: dict[Candidate, str] = {}
-        for item in batch.candidates:
-            markers = {} if item.version_id else self._bucket.markers(item.key)
-            gone.update((item, marker) for marker, is_latest in markers.items() if is_latest)
-        for item, marker in gone.items():
-            self._ledger.deleted(item, marker)
-        batch.candidates = [item for item in batch.candidates if item not in gone]
-
-    def _gone(self, chunk: list[Batch], used: set[str]) -> set[str]:
-        """Of the keys in use by now, those that an earlier try has deleted after all: its answer
-        was lost, and the job came later. They are not retained."""
-        tried = [item.key for batch in chunk if batch.tries for item in batch.candidates]
-        doubtful = sorted(used.intersection(tried))
-        return set(doubtful) - {item.key for item in self._bucket.find(doubtful)}
-
-    def _send(self, batch: Batch) -> None:
-        """In a worker: one request. Verdicts and age are left in the batch."""
-        batch.tries += 1
-        batch.age = time.monotonic() - batch.checked
+    def _round(self, items: list[Candidate]) -> None:
+        self._pending, self._gone = (
+            {item: None for item in items if item.reason in OF_OBJECTS},
+            set(),
+        )
         try:
-            verdicts = self._bucket.delete(batch.candidates)
-        except Exception as error:  # whatever it is, no key may go uncounted
-            code = error.code if isinstance(error, BucketError) else type(error).__name__
-            verdicts = [Verdict(item.key, code, str(error)) for item in batch.candidates]
-            raise
+            while self._pending:
+                self._attempt()
+                self._look_up_lost()
+                self._give_up(ATTEMPTS)
         finally:
-            batch.verdicts = dict(zip(batch.candidates, verdicts, strict=True))
+            while self._in_flight:
+                with suppress(Exception):  # the run stops already, for the first error
+                    self._settle()
+            self._give_up(1)
+        if self._jobs is not None and self._rows:
+            self._delete_rows(items, self._jobs)
 
-    def _settle(self, until: str) -> None:
-        """Wait for requests in flight and account for every key of those that ended.
+    def _attempt(self) -> None:
+        """One request for each key of the round that has no end yet, or none if it must stay."""
+        checked = self._recheck(list(self._pending)) if self._scans else 0.0
+        sent = False
+        for batch in batches(list(self._pending)):
+            while self._in_flight >= self._bucket.workers:
+                self._settle()
+            with self._stop.reading():
+                time.sleep(self._pace.delay)
+                if self._jobs is not None and self._scans:
+                    self._jobs.ping()  # the lock may be lost
+            if not self._scans:
+                checked = self._recheck(batch)
+            items = [item for item in batch if item in self._pending]
+            if time.monotonic() - checked > MAX_RECHECK_AGE:
+                if sent:
+                    break  # to be checked again
+                raise PurgeError(
+                    f"A re-check took more than {MAX_RECHECK_AGE} seconds, so that nothing can be "
+                    "deleted by it: make an index on sourceData."
+                )
+            if items:
+                self._send(items, checked)
+                sent = True
+        while self._in_flight:
+            self._settle()
+
+    def _recheck(self, items: list[Candidate]) -> float:
+        """Ask the table again; keys that must stay get their end. When it was asked."""
+        asked, start = time.monotonic(), len(self._bucket.prefix)
+        if self._jobs is None:
+            return asked
+        with self._stop.reading():
+            found = self._jobs.referenced({item.key[start:] for item in items})
+        seconds = time.monotonic() - asked
+        if self._scans and seconds > DEAR_RECHECK and not self._advised:
+            self._advised = True
+            log.warning("a re-check took %.1f s: an index on sourceData would help", seconds)
+        for item in items:
+            reference = found.get(item.key[start:])
+            if not may_go(item.reason, reference):
+                tried = self._pending.pop(item)
+                why = "a job refers to it by now" if reference else "its jobs have vanished"
+                if tried is not None and tried.lost:
+                    why += ", and an earlier request had no answer: it may yet be deleted"
+                    self._ledger.failed(item, Verdict("NoAnswer", why))
+                else:
+                    self._ledger.retained(item, why)
+        return asked
+
+    def _send(self, items: list[Candidate], checked: float) -> None:
+        """Write the intents, and let the request go."""
+        now = datetime.now(UTC)
+        self._ledger.intend(items)
+        for item in items:
+            tried = self._pending[item] or Tried(now, Verdict())
+            tried.verdict = Verdict("NotSent", "the run stopped before its request left")
+            tried.tries += 1
+            self._pending[item] = tried
+        try:
+            threading.Thread(target=self._request, args=(items, checked)).start()
+        except RuntimeError as error:
+            raise PurgeError(f"Cannot start a thread ({error}): lower --workers.") from error
+        self._in_flight += 1
+        self._pace.sent(len(items))
+
+    def _request(self, items: list[Candidate], checked: float) -> None:
+        """In a thread of its own; whatever comes of it, no key may go uncounted."""
+        try:
+            self._answers.put((items, self._bucket.delete(items, checked), None))
+        except BaseException as error:
+            code = getattr(error, "code", "") or type(error).__name__
+            self._answers.put((items, [Verdict(code, str(error))] * len(items), error))
+
+    def _settle(self) -> None:
+        """Wait for an answer, and account for every key of it.
 
         Raises the error of a request that S3 refused as a whole: it would refuse the next one too.
         """
-        refused: BaseException | None = None
-        for request in wait(self._in_flight, return_when=until).done:
-            self._account(self._in_flight.pop(request))
-            error = request.exception()
-            if error and not (isinstance(error, BucketError) and error.code in RETRYABLE):
-                refused = error
-        if refused is not None:
-            raise refused
-
-    def _account(self, batch: Batch) -> None:
-        report = self._ledger.report
-        report.max_recheck_age = max(report.max_recheck_age, batch.age)
-        again = Batch([], batch.tries, batch.verdicts)
-        for item in batch.candidates:
-            verdict = batch.verdicts[item]
-            if verdict.code is None:
-                self._ledger.deleted(item, verdict.marker)
-            elif verdict.code in RETRYABLE and batch.tries < ATTEMPTS:
-                again.candidates.append(item)
+        items, verdicts, error = self._answers.get()
+        self._in_flight -= 1
+        again = False
+        for item, verdict in zip(items, verdicts, strict=True):
+            tried = self._pending[item]
+            if not verdict.code:
+                self._end_deleted(item, verdict.marker)
+            elif tried is not None and verdict.code in UNDONE | DOUBTFUL:
+                tried.verdict, again = verdict, True
+                tried.lost |= verdict.code in DOUBTFUL
             else:
+                del self._pending[item]
                 self._ledger.failed(item, verdict)
-        if again.candidates:
-            self._retries.append(again)
-            self._pace.ease_off()
-        else:
-            self._pace.recover()
+        self._pace.answered(again)
+        if error is not None and verdicts[0].code not in UNDONE | DOUBTFUL:
+            raise error
 
-    def _finish(self, source: Iterable[Batch]) -> None:
-        """Account for all that is left. After a run without errors that is nothing."""
-        with suppress(Exception):  # the run stops already, for the first error
-            self._settle(ALL_COMPLETED)
-        unsent = 0
-        for batch in chain(self._retries, self._checked, source):
-            for item in batch.candidates:
-                default = Verdict(item.key, NOT_ATTEMPTED, "the run stopped")
-                verdict = batch.verdicts.get(item, default)
-                unsent += verdict is default
-                self._ledger.failed(item, verdict)
-        if unsent:
-            log.error("%d planned keys were not attempted; they count as failed", unsent)
+    def _end_deleted(self, item: Candidate, marker: str | None) -> None:
+        del self._pending[item]
+        self._gone.add(item.key)
+        self._ledger.deleted(item, marker)
 
+    def _look_up_lost(self) -> None:
+        """In a versioned bucket, find out which keys a request without an answer has deleted.
 
-class InUse:
-    """The re-check: which of some candidates must stay, because a job refers to them by now."""
+        Deleting them again would put a second marker on top, of which no log would know.
+        """
+        if self._jobs is None or self._ledger.report.versioning != "enabled":
+            return
+        lost = [(item, tried) for item, tried in self._pending.items() if tried and tried.lost]
+        found = self._bucket.each(self._bucket.versions, [item.key for item, _ in lost])
+        for (item, tried), versions in zip(lost, found, strict=True):
+            self._stop.check()
+            if versions and versions[0].hides_since(tried.since + self._bucket.s3_lead):
+                self._end_deleted(item, versions[0].version_id)
 
-    def __init__(self, jobs: JobTable, prefix: str) -> None:
-        self._jobs, self._prefix = jobs, prefix
-        self._advised = False
+    def _give_up(self, tries: int) -> None:
+        """Keys that were tried so often have failed."""
+        for item, tried in list(self._pending.items()):
+            if tried is not None and tried.tries >= tries:
+                del self._pending[item]
+                self._ledger.failed(item, tried.verdict)
 
-    def __call__(self, candidates: list[Candidate]) -> set[str]:
-        """The keys that must stay: of expired keys those that a remaining job refers to, of orphans
-        those that any job does."""
-        if not candidates:
-            return set()
-        start, asked = len(self._prefix), time.monotonic()
-        names = [item.key[start:] for item in candidates]
-        orphans = any(item.reason is Reason.ORPHAN for item in candidates)
-        found = self._jobs.referenced(names, by_any=orphans)
-        self._advise(time.monotonic() - asked)
-        # A job without a name does not refer to an object that is called like the prefix.
-        return {
-            item.key
-            for item, name in zip(candidates, names, strict=True)
-            if name and (name in found if item.reason is Reason.ORPHAN else found.get(name))
-        }
-
-    def _advise(self, seconds: float) -> None:
-        """Once, if it is so: say which index would help."""
-        if seconds > DEAR_RECHECK and not self._advised and not self._jobs.indexed:
-            advice = "each scans the table; an index on sourceData would help"
-            log.warning("a re-check of %s took %.1f s: %s", self._jobs.name, seconds, advice)
-            self._advised = True
-
-
-def delete_jobs(
-    rows: Iterable[JobRow],
-    names: Spool[Reference],
-    bucket: Bucket,
-    jobs: JobTable,
-    report: Report,
-    stop: StopSignals,
-) -> None:
-    """Delete the rows of expired jobs whose object is gone, or is kept by a remaining job.
-
-    A new listing, made after the deletes, tells what is gone. The row of an object that is still
-    there, as its delete failed or it was retained, stays: the next run decides anew. So does a row
-    whose key the plan did not know. Raises PurgeError, and Interrupted between two statements.
-    """
-    still_there = bucket.find(stop.between(expired_keys(names)))
-    for chunk in chunks(disposable(rows, outer_join(names, still_there)), ROWS_A_COMMIT):
-        stop.check()
-        shared = [row.name for row, gone in chunk if not gone]
-        remaining = jobs.referenced(shared) if shared else {}
-        free = [row for row, gone in chunk if gone or row.name in remaining]
-        report.jobs_deleted += jobs.delete(free) if free else 0
+    def _delete_rows(self, items: list[Candidate], jobs: JobTable) -> None:
+        """Delete the rows of expired jobs whose object is gone in this round, was listed as absent,
+        or is kept by a remaining job. Raises Interrupted between two statements."""
+        start = len(self._bucket.prefix)
+        shared = {item.key[start:] for item in items if item.reason == Reason.SHARED}
+        names = {item.key[start:] for item in items if item.reason == Reason.MISSING}
+        names |= {key[start:] for key in self._gone}
+        with self._stop.reading():
+            found = jobs.referenced(shared) if shared else {}
+        names |= {name for name, item in found.items() if item.expired < item.jobs}
+        more = bool(names)
+        while more:
+            with self._stop.reading():
+                rows = jobs.expired_rows(names)
+            before = self._ledger.report.jobs_deleted
+            for chunk in chunks(rows, ROWS_A_COMMIT):
+                self._stop.check()
+                facts = [row._asdict() | {"key": self._bucket.prefix + row.name} for row in chunk]
+                self._ledger.write("delete-job", facts, sync=True)
+                self._ledger.report.jobs_deleted += jobs.delete(chunk)
+            more = len(rows) == ROWS and self._ledger.report.jobs_deleted > before
 
 
-def expired_keys(names: Iterable[Reference]) -> Iterator[str]:
-    """The keys to look for in the bucket; S3 cannot hold one that is too long."""
-    for reference in names:
-        if reference.expired and len(reference.key.encode()) <= KEY_BYTES:
-            yield reference.key
+# ---------------------------------------------------------------------------------------------
+# Undo
+# ---------------------------------------------------------------------------------------------
 
 
-def expired_rows(rows: Iterable[tuple[bytes, str]], prefix: str) -> Iterator[JobRow]:
-    """The rows that name an object."""
-    for name, job_id in rows:
-        if text := as_text(name):
-            yield JobRow(prefix + text, text, job_id)
+class Intent(NamedTuple):
+    """A key that a run meant to delete, first at the moment `since` of S3's clock, and the delete
+    marker that the answer named, if one is on record."""
+
+    item: Candidate
+    since: datetime
+    marker: str | None
 
 
-def disposable(
-    rows: Iterable[JobRow], pairs: Iterable[tuple[Reference | None, S3Object | None]]
-) -> Iterator[tuple[JobRow, bool]]:
-    """Of the rows (ascending by key), those whose key the plan knew and whose object is gone (True)
-    or was kept by a remaining job when the plan was made (False)."""
-    known = iter(pairs)
-    reference, found = next(known, (None, None))
-    for row in rows:
-        while reference is not None and reference.key < row.key:
-            reference, found = next(known, (None, None))
-        if reference is not None and reference.key == row.key:
-            if not reference.expired:
-                yield row, False
-            elif found is None:
-                yield row, True
-
-
-def recorded_markers(path: Path, bucket: str) -> Iterator[Candidate]:
-    """The delete markers that an audit log records, as candidates for their own removal.
-
-    A cut line, which a killed run leaves, is skipped with a warning. Raises UsageError if the file
-    cannot be read, Refused if it is no audit log or one of another bucket.
-    """
-    number = starts = 0
+def read_audit_log(path: Path) -> sqlite3.Connection:
+    """The events of an audit log, on disk. A cut line, which a killed run leaves, is skipped with a
+    warning. Raises UsageError if the file cannot be read, Refused if it is no audit log."""
+    fields = ["event", "run_id", "time", "bucket", "key", "reason", "size", "last_modified"]
+    fields += ["version_id", "s3_lead_seconds"]
+    events, number = scratch(f"events ({', '.join(fields)})"), 0
+    sql = f"INSERT INTO events VALUES ({', '.join('?' for _ in fields)})"
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -1915,37 +1784,69 @@ def recorded_markers(path: Path, bucket: str) -> Iterator[Candidate]:
                 except ValueError:
                     log.warning("%s: line %d is cut; skipped", path, number)
                     continue
-                if event["event"] == "start":
-                    starts += 1
-                    if event["bucket"] != bucket:
-                        raise Refused(
-                            f"{path} is the log of bucket {event['bucket']}, not {bucket}."
-                        )
-                elif event["event"] == "deleted" and event.get("version_id", "null") != "null":
-                    modified = datetime.fromisoformat(event["last_modified"]).isoformat()
-                    known = str(event["key"]), int(event["size"]), modified
-                    yield Candidate(*known, Reason(event["reason"]), str(event["version_id"]))
+                datetime.fromisoformat(event["time"])
+                events.execute(sql, [event.get(name) for name in fields])
     except OSError as error:
         raise UsageError(f"Cannot read the audit log {path}: {error.strerror}.") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, sqlite3.InterfaceError) as error:
         raise Refused(f"{path}, line {number}: not of an audit log of this tool.") from error
-    if not starts:
-        raise Refused(f"{path} is not an audit log of this tool: it has no start event.")
+    return events
+
+
+def choose_run(events: sqlite3.Connection, run_id: str | None, bucket: str) -> tuple[str, int]:
+    """The run to undo, and of how many objects. Raises Refused if it is not to be told, or is one
+    of another bucket."""
+    sql = "SELECT run_id, MIN(time), COUNT(DISTINCT key) FROM events WHERE event = 'delete' "
+    sql += "GROUP BY 1 ORDER BY 2"
+    found = {run: (since, count) for run, since, count in events.execute(sql)}
+    known = "; ".join(f"{since} {run} {count}" for run, (since, count) in found.items())
+    if run_id is None and not found:
+        raise Refused("The audit log holds no run that deleted: there is nothing to undo.")
+    if run_id is None and len(found) > 1:
+        raise Refused(
+            f"The audit log holds {len(found)} runs that deleted: name one with --run-id. "
+            f"Time, run id and objects of each: {known}."
+        )
+    chosen = run_id or next(iter(found))
+    sql = "SELECT bucket FROM events WHERE event = 'start' AND run_id = ?"
+    place = events.execute(sql, (chosen,)).fetchone()
+    if place != (bucket,):
+        of = f"of bucket {place[0]}, not {bucket}" if place else f"not in it. It holds: {known}"
+        raise Refused(f"The audit log is not of that run and bucket: run {chosen} is {of}.")
+    return chosen, found.get(chosen, ("", 0))[1]
+
+
+def intents_of(events: sqlite3.Connection, run_id: str) -> Iterator[Intent]:
+    """Each key that the run meant to delete, once; moments are corrected to S3's clock."""
+    sql = "SELECT s3_lead_seconds FROM events WHERE event = 'plan' AND run_id = ?"
+    (lead,) = events.execute(sql, (run_id,)).fetchone() or (0,)
+    sql = (
+        "SELECT key, reason, size, last_modified, MIN(time), MAX(version_id) FROM events "
+        "WHERE run_id = ? AND event IN ('delete', 'deleted') GROUP BY key"
+    )
+    for *known, time_, marker in events.execute(sql, (run_id,)):
+        since = datetime.fromisoformat(time_) + timedelta(seconds=lead)
+        yield Intent(Candidate(*known), since, marker)
 
 
 def plan_undo(
-    recorded: Iterable[Candidate], bucket: Bucket, totals: Totals, workers: int
+    intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger: Ledger
 ) -> Iterator[Candidate]:
-    """Those markers that are still there. Anything else under such a version id is left alone."""
-    with ThreadPoolExecutor(workers) as pool:
-        for chunk in map(list, map(dict.fromkeys, chunks(recorded, PAGE))):
-            found = pool.map(bucket.markers, [item.key for item in chunk])
-            for item, markers in zip(chunk, found, strict=True):
-                if item.version_id in markers:
-                    totals.planned.add(item)
-                    yield item
-                else:
-                    totals.missing += 1
+    """The delete markers to remove: each hides its key, is the run's, and has a version below.
+    Anything else is left alone, and counted."""
+    for chunk in chunks(intents, PAGE):
+        found = bucket.each(bucket.versions, [intent.item.key for intent in chunk])
+        for (item, since, marker), versions in zip(chunk, found, strict=True):
+            latest, below = (*versions, None, None)[:2]
+            if latest is not None and not latest.is_marker:
+                totals.missing += 1
+            elif latest is None or below is None or below.is_marker:
+                ledger.retained(item, "no version lies right below a delete marker")
+            elif latest.version_id != marker and (marker or not latest.hides_since(since)):
+                ledger.retained(item, "somebody else's delete marker hides it")
+            else:
+                totals.planned.add(item)
+                yield item._replace(version_id=latest.version_id)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1953,103 +1854,76 @@ def plan_undo(
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command line, checked. Names and meanings are those of `--help`."""
-
-    db_host: str
-    db_port: int
-    db_user: str
-    db_name: str
-    db_table: str
-    ca_bundle: Path | None
-    bucket: str
-    prefix: str
-    profile: str | None
-    region: str | None
-    retention_days: int
-    as_of: datetime | None
-    orphans: bool
-    orphan_grace_days: int
-    delete_jobs: bool
-    dry_run: bool
-    max_objects: int | None
-    max_percent: float
-    max_rate: int
-    workers: int
-    audit_log: Path | None
-    manifest: Path | None
-    json: bool
-    verbose: bool
-    quiet: bool
-    undo: Path | None
-
-    @property
-    def table(self) -> tuple[str, str]:
-        """Schema and name of the job table."""
-        first, dot, second = self.db_table.partition(".")
-        return (first, second) if dot else (self.db_name, first)
-
-    def policy(self, now: datetime) -> Policy:
-        """The rules at the moment `now` of the database's clock (aware UTC).
-
-        Raises Refused for `--as-of` in the future, where jobs would expire before their time.
-        """
-        if self.as_of is not None and self.as_of > now:
-            raise Refused(
-                f"--as-of {self.as_of.isoformat()} is later than the database clock, "
-                f"{now.isoformat()}: give a moment that has passed."
-            )
-        return Policy(
-            cutoff=(self.as_of or now.replace(microsecond=0)) - timedelta(days=self.retention_days),
-            orphans_before=now - timedelta(days=self.orphan_grace_days) if self.orphans else None,
-        )
+def moment(text: str) -> datetime:
+    """Type of an option: ISO 8601, taken as UTC if it has no offset."""
+    with suppress(ValueError, OverflowError):
+        found = datetime.fromisoformat(text)
+        found = (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+        if found.year >= 1970:
+            return found
+    raise click.BadParameter(f"{text!r} is not ISO 8601 since 1970, such as 2019-06-03T00:00:00Z.")
 
 
-class Timestamp(click.ParamType[datetime]):
-    """ISO 8601, taken as UTC if it has no offset."""
+def matching(pattern: str, advice: str) -> Callable[[str], str]:
+    """Type of an option: text that matches as a whole."""
 
-    name = "timestamp"
+    def text(value: str) -> str:
+        if re.fullmatch(pattern, value):
+            return value
+        raise click.BadParameter(f"{value!r} {advice}.")
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> datetime:
-        try:
-            moment = datetime.fromisoformat(value)
-            moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is not ISO 8601, such as 2019-06-03T00:00:00Z.", param, ctx)
-        if moment.year < 1970:
-            self.fail(f"{value!r} is before 1970.", param, ctx)
-        return moment
+    return text
 
 
-class BucketName(click.ParamType[str]):
-    """A bucket's name or access point ARN, not a URL."""
+NAME_OF_A_BUCKET = r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # or an access point's ARN
+BUCKET = matching(NAME_OF_A_BUCKET, "is not a bucket name; a path goes into --prefix")
+TABLE = matching(r"[^.]+(\.[^.]+)?", "is neither TABLE nor SCHEMA.TABLE")
+PERCENT = click.FloatRange(0, 100)
+FILE, COUNT, DAYS = click.Path(path_type=Path), click.IntRange(0), click.IntRange(0, 36500)
+PORT, SOME_DAYS, THREADS = click.IntRange(1, 65535), click.IntRange(1, 36500), click.IntRange(1, 64)
+FLAG = {"is_flag": True}
 
-    name = "name"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if "/" in value and not value.startswith("arn:"):
-            self.fail(f"{value!r} is not a bucket name; give the path as --prefix.", param, ctx)
-        return str(value)
-
-
-class TableName(click.ParamType[str]):
-    """`table` or `schema.table`."""
-
-    name = "table"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not 1 <= len(value.split(".")) <= 2 or not all(value.split(".")):
-            self.fail(f"{value!r} is neither TABLE nor SCHEMA.TABLE.", param, ctx)
-        return str(value)
-
+# Name, type or further settings, default, help.
+OPTIONS: list[tuple[str, Any, Any, str]] = [
+    ("--db-host", str, None, "RDS endpoint, the real one.  [required]"),
+    ("--db-port", PORT, 3306, "Port of the database."),
+    ("--db-user", str, None, "Database user.  [required]"),
+    ("--db-name", str, None, "Schema of the job table.  [required]"),
+    ("--db-table", TABLE, "ndvr_job_status", "TABLE or SCHEMA.TABLE."),
+    ("--ca-bundle", FILE, None, "CA certificates.  [default: rds-ca-bundle.pem beside the script]"),
+    ("--bucket", BUCKET, None, "Bucket with the source data.  [required]"),
+    ("--prefix", str, "", "Put before sourceData; nothing outside it is touched."),
+    ("--profile", str, None, "AWS profile.  [default: the AWS chain]"),
+    ("--region", str, None, "AWS region of the database.  [default: the AWS chain]"),
+    ("--retention-days", SOME_DAYS, 90, "Days after completedAt at which a TRIAL job expires."),
+    ("--as-of", moment, None, "Expire as of this moment, ISO 8601.  [default: database clock]"),
+    ("--orphans", FLAG, False, "Also delete objects that no job refers to."),
+    ("--orphan-grace-days", DAYS, 7, "Keep orphans younger than this by the real clock."),
+    ("--delete-jobs", FLAG, False, "Also delete expired job rows."),
+    ("-n --dry-run", FLAG, False, "Plan and report, change nothing."),
+    ("--max-objects", COUNT, None, "Refuse the run if more objects would be deleted."),
+    ("--max-percent", PERCENT, 50, "Refuse the run if more of the keys would be deleted, of the "
+     "objects listed with --orphans, of the rows with --delete-jobs."),
+    ("--max-rate", COUNT, 3000, "Objects deleted per second at most, 0 = no limit."),
+    ("--workers", THREADS, 8, "Concurrent requests; up to four times as many to list."),
+    ("--audit-log", FILE, None, "Append what is deleted to this file, as JSON Lines."),
+    ("--manifest", FILE, None, "Write the plan as an S3 Batch Operations manifest."),
+    ("--json", FLAG, False, "Print the summary as one JSON object."),
+    ("-v --verbose", FLAG, False, "Log more, and show tracebacks."),
+    ("-q --quiet", FLAG, False, "Print nothing but problems."),
+    ("--undo", {"type": FILE, "metavar": "AUDIT_LOG"}, None, "Bring back what one run hid."),
+    ("--run-id", {"metavar": "ID"}, None, "The run to undo, if the log holds several."),
+]  # fmt: skip
+# A purge must be given these, an undo only the last; no variables are read for those.
+NEEDED, COMMAND_LINE_ONLY = ("db_host", "db_user", "db_name", "bucket"), ("--undo", "--run-id")
 
 EPILOG = f"""\b
-Environment:
-  {PASSWORD_VARIABLE}  instead of an IAM token, for servers without IAM;
-                               without a CA bundle only for a loopback host
+Each option can also be set as {VARIABLES}<NAME>, such as
+{VARIABLES}DB_HOST, but for --undo and --run-id; a flag as 1 or 0.
+A variable of that kind that is no option, or is empty, is an error.
+  {PASSWORD_VARIABLE}  instead of an IAM token, for servers
+                               without IAM; without --ca-bundle only
+                               for a loopback host
   AWS_ENDPOINT_URL_S3          another S3 server
 
 \b
@@ -2060,183 +1934,85 @@ Exit codes:
   3  refused by a guard, nothing deleted
   4  finished, but some keys failed
   75  another run holds the lock
-  130, 143  stopped by SIGINT, SIGTERM; run again to finish
+  129, 130, 143  stopped by SIGHUP, SIGINT, SIGTERM; run again to finish
 """
 
 
-def option(*names: str, **settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(*names, show_envvar=True, show_default=True, **settings)
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    for names, kind, default, text in reversed(OPTIONS):
+        settings = kind if isinstance(kind, dict) else {"type": kind}
+        variables = {"allow_from_autoenv": names not in COMMAND_LINE_ONLY, "show_default": True}
+        settings = {"default": default, "help": text, **settings, **variables}
+        command = click.option(*names.split(), **settings)(command)
+    return command
 
 
 @click.command(
-    context_settings={"auto_envvar_prefix": "RETENTION_PURGE", "max_content_width": 100},
+    context_settings={
+        "auto_envvar_prefix": VARIABLES.rstrip("_"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 80,
+    },
     epilog=EPILOG,
 )
-@option("--db-host", help="RDS endpoint: the real one, the IAM token is signed for it.  [required]")
-@option("--db-port", type=click.IntRange(1, 65535), default=3306, help="Port of the database.")
-@option("--db-user", help="Database user.  [required]")
-@option("--db-name", help="Schema of the job table.  [required]")
-@option("--db-table", type=TableName(), default="ndvr_job_status", help="TABLE or SCHEMA.TABLE.")
-@option(
-    "--ca-bundle",
-    type=click.Path(path_type=Path),
-    help="CA certificates for the database.  "
-    f"[default: {DEFAULT_CA_BUNDLE.name} beside the script]",
-)
-@option("--bucket", type=BucketName(), required=True, help="Bucket with the source data.")
-@option(
-    "--prefix", default="", help="Put before sourceData; nothing outside it is listed or deleted."
-)
-@option("--profile", help="AWS profile.  [default: the AWS chain]")
-@option("--region", help="AWS region of the database.  [default: the AWS chain]")
-@option(
-    "--retention-days",
-    type=click.IntRange(1, 36500),
-    default=90,
-    help="Days after completedAt at which a TRIAL job expires.",
-)
-@option(
-    "--as-of",
-    type=Timestamp(),
-    help="Expire as if it were this moment: ISO 8601, UTC if no offset.  [default: database clock]",
-)
-@option("--orphans", is_flag=True, help="Also delete objects that no job refers to.")
-@option(
-    "--orphan-grace-days",
-    type=click.IntRange(0, 36500),
-    default=7,
-    help="Keep orphans last modified within these days of the real clock.",
-)
-@option("--delete-jobs", is_flag=True, help="Also delete expired job rows.")
-@option("-n", "--dry-run", is_flag=True, help="Plan and report, change nothing.")
-@option(
-    "--max-objects",
-    type=click.IntRange(0),
-    help="Refuse the run if more objects would be deleted.  [default: no limit]",
-)
-@option(
-    "--max-percent",
-    type=click.FloatRange(0, 100),
-    default=50,
-    help="Refuse the run if more than this share would be deleted: of the planned keys and those "
-    "of remaining jobs; with --orphans also of the objects listed.",
-)
-@option(
-    "--max-rate",
-    type=click.IntRange(0),
-    default=3000,
-    help="Objects deleted per second at most, 0 = no limit.",
-)
-@option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    default=8,
-    help="Concurrent DeleteObjects requests; LIST requests may be four times as many.",
-)
-@option(
-    "--audit-log",
-    type=click.Path(path_type=Path),
-    help="Append what is deleted to this file, as JSON Lines; a dry run writes nothing.",
-)
-@option(
-    "--manifest",
-    type=click.Path(path_type=Path),
-    help="Write the plan to this file, as an S3 Batch Operations CSV manifest.",
-)
-@option("--json", is_flag=True, help="Print the summary as one JSON object.")
-@option("-v", "--verbose", is_flag=True, help="Log more, and show tracebacks.")
-@option("-q", "--quiet", is_flag=True, help="Log warnings and errors only.")
-@click.option(
-    "--undo",
-    type=click.Path(path_type=Path),
-    metavar="AUDIT_LOG",
-    allow_from_autoenv=False,
-    help="Remove the delete markers that this log records, and stop (versioned bucket only).",
-)
+@with_options
+@click.version_option(VERSION, message="%(prog)s %(version)s", allow_from_autoenv=False)
 @click.pass_context
-def main(ctx: click.Context, /, **values: Any) -> None:
+def main(ctx: click.Context, /, **given: Any) -> None:
     """Delete the S3 source data of TRIAL jobs completed more than 90 days ago.
 
     A key goes only if no remaining job refers to it; OFFICIAL jobs and their data stay for ever.
     Start with --dry-run.
     """
-    # The imported modules are no garbage: do not look through them again and again.
-    gc.freeze()
-    gc.set_threshold(20_000)
-    options = Options(**values)
-    check_usage(ctx, options)
-    set_up_output(options)
-    stop = StopSignals()
-    mode = "undo" if options.undo else "purge"
-    report = Report(
-        mode="dry-run" if options.dry_run else mode,
-        bucket=options.bucket,
-        prefix=options.prefix,
-        table="" if options.undo else ".".join(options.table),
-    )
+    check_usage(given)
+    set_up_output(given["verbose"], given["quiet"])
+    stop, undoes, dry_run = Stop(), given["undo"] is not None, given["dry_run"]
+    report = Report(bucket=given["bucket"], prefix=given["prefix"])
+    report.mode = ("undo-" * undoes + "dry-run") if dry_run else "undo" if undoes else "purge"
+    report.table = None if undoes else ".".join(table_place(given))
     ledger = Ledger(report)
     try:
-        report.error = outcome(lambda: (undo if options.undo else purge)(options, ledger, stop))
-        stop.defer()
-    except Interrupted as received:  # here, so that no moment of the run is without a catcher
-        report.error = Stopped(received.signum)
-    for last in (ledger.end, lambda: show_summary(report, options)):
-        error = outcome(last)
-        report.error = report.error or error
-    if report.error is not None:
-        with suppress(OSError):
-            report.error.show()
+        stop.listen()
+        report.end(outcome(lambda: carry_out(given, ledger, stop)))
+        stop.note()
+    except Interrupted:  # here, so that no moment of the run is without a catcher
+        name = signal.Signals(stop.received).name
+        report.error = f"Stopped by {name}; run again to finish the work."
+        report.exit_code = 128 + stop.received  # as shells have it
+    if given["manifest"] and report.exit_code == Refused.exit_code:
+        given["manifest"].unlink(missing_ok=True)  # an earlier run's
+    finish(ledger, given)
     ctx.exit(report.exit_code)
 
 
-def check_usage(ctx: click.Context, options: Options) -> None:
-    """What click cannot check for a single option."""
-    for param in ctx.command.params:
-        if param.name in NEEDED and not options.undo and getattr(options, param.name) is None:
-            raise click.MissingParameter(ctx=ctx, param=param)
-        variable = f"RETENTION_PURGE_{str(param.name).upper()}"
-        if getattr(param, "is_flag", False) and os.environ.get(variable) == "":
-            raise click.UsageError(f"{variable} is empty: set it to 1 or 0, or unset it.", ctx)
-    files = [path.resolve() for path in (options.manifest, options.audit_log) if path]
+def check_usage(given: dict[str, Any]) -> None:
+    """What click cannot check for a single option: variables, required options, files."""
+    names = [names.split()[-1] for names, *_ in OPTIONS]
+    known = {
+        VARIABLES + name[2:].replace("-", "_").upper() for name in {*names} - {*COMMAND_LINE_ONLY}
+    }
+    known.add(PASSWORD_VARIABLE)
+    for name in sorted(name for name in os.environ if name.startswith(VARIABLES)):
+        if name not in known:
+            nearest = get_close_matches(name, known, 1, 0)[0]
+            raise UsageError(f"{name} is no option's variable: do you mean {nearest}?")
+        if not os.environ[name].strip():
+            raise UsageError(f"{name} is empty: give it a value, or unset it.")
+    for name in NEEDED[3 if given["undo"] else 0 :]:
+        if given[name] is None:
+            raise UsageError(f"Missing option '--{name.replace('_', '-')}'.")
+    if given["run_id"] and not given["undo"]:
+        raise UsageError("--run-id goes with --undo.")
+    files = [path.resolve() for path in (given["manifest"], given["audit_log"]) if path]
     if len(files) > len(set(files)):
-        raise click.UsageError("--manifest and --audit-log must be two files.", ctx)
+        raise UsageError("--manifest and --audit-log must be two files.")
+    if given["manifest"] and given["manifest"].exists() and not given["manifest"].is_file():
+        raise UsageError("--manifest must be a file.")
+    if given["max_percent"] != given["max_percent"]:
+        raise UsageError("--max-percent must be a number.")
 
 
-def show_summary(report: Report, options: Options) -> None:
-    if options.json:
-        show(json.dumps(report.as_dict()))
-    elif report.plan_complete:
-        show(report.as_text())
-
-
-def show(text: str) -> None:
-    """Print a result. Raises PurgeError if standard output is closed or full."""
-    try:
-        click.echo(text)
-    except OSError as error:
-        # Nothing more can be printed, neither here nor when Python flushes at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise PurgeError(f"Cannot print the result: {error.strerror}.") from error
-
-
-# Options that a purge must be given, and --undo need not.
-NEEDED = ("db_host", "db_user", "db_name")
-
-
-def outcome(action: Callable[[], None]) -> PurgeError | None:
-    """Do it; the error that ended it, in one line, whatever it was."""
-    try:
-        action()
-    except PurgeError as error:
-        log.debug("stopped", exc_info=True)
-        return error
-    except Exception as error:
-        log.debug("stopped", exc_info=True)
-        return PurgeError(one_line(f"Unexpected {type(error).__name__}: {error}. -v shows where."))
-    return None
-
-
-def set_up_output(options: Options) -> None:
+def set_up_output(verbose: bool, quiet: bool) -> None:
     """Log to standard error, in UTC; print any key on a terminal of any encoding."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -2248,173 +2024,233 @@ def set_up_output(options: Options) -> None:
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
-    log.handlers = [handler]
-    log.propagate = False
-    level = logging.WARNING if options.quiet else logging.INFO
-    log.setLevel(logging.DEBUG if options.verbose else level)
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
-def purge(options: Options, ledger: Ledger, stop: StopSignals) -> None:
-    """The run; see the top of this file. Raises PurgeError.
-
-    A dry run has no `live` connection: it takes no lock, and cannot delete.
-    """
-    report = ledger.report
-    session = aws_session(options)
-    bucket = Bucket(session, options.bucket, options.prefix, options.workers, report.requests)
-    server = server_of(options, session)
-    with ExitStack() as stack:
-        live = None
-        if not options.dry_run:
-            ledger.open(options.audit_log)
-            live = stack.enter_context(closing(connect(server, RECHECK_TIMEOUT)))
-            take_lock(live, options.bucket, options.prefix, report.table)
-        names, policy, reasons = read_table(options, server, bucket, report)
-        stack.callback(names.close)
-        if live is not None:
-            ledger.start(options)
-        candidates = make_plan(bucket, names, policy, report)
-        stack.callback(candidates.close)
-        limits = Limits(options.max_objects, options.max_percent, options.orphans)
-        reasons += refusals(report.totals, limits)
-        if live is None:
-            show_plan(candidates, options)
-        if reasons:
-            raise Refused(f"Refused, nothing was deleted: {'; '.join(reasons)}.")
-        if options.manifest is not None:
-            write_manifest(candidates, options.bucket, options.manifest)
-        if live is not None:
-            stop.defer()
-            jobs = JobTable(live, options.table, policy.cutoff)
-            in_use = InUse(jobs, options.prefix)
-            todo = watched(candidates, "deleting", candidates.count)
-            Execution(bucket, ledger, stop, options, in_use, jobs.max_chunk).run(todo)
-            if options.delete_jobs:
-                rows = read_expired_rows(options, server, policy.cutoff, stop)
-                stack.callback(rows.close)
-                delete_jobs(rows, names, bucket, jobs, report, stop)
-
-
-def read_table(
-    options: Options, server: Server, bucket: Bucket, report: Report
-) -> tuple[Spool[Reference], Policy, list[str]]:
-    """The job table's keys, the rules at its clock, and what is wrong with the clocks."""
-    report.versioning, s3_lead = bucket.versioning()
-    with closing(connect(server, PLAN_TIMEOUT)) as connection:
-        host, now = datetime.now(UTC), database_now(connection)
-        policy = options.policy(now)
-        report.cutoff = policy.cutoff
-        jobs = JobTable(connection, options.table, policy.cutoff)
-        log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
-        rows = watched(jobs.names(), "reading references")
-        all_keys = options.orphans or options.delete_jobs
-        keys = references(rows, options.prefix, report.totals, all_keys)
-        names = Spool(Reference, keys)
-    return names, policy, list(clock_refusals(host, now, s3_lead))
-
-
-def read_expired_rows(
-    options: Options, server: Server, cutoff: datetime, stop: StopSignals
-) -> Spool[JobRow]:
-    """The expired rows as they are now, on a connection that may sort for long."""
-    log.info("looking which expired job rows may go")
-    with closing(connect(server, PLAN_TIMEOUT)) as connection:
-        rows = JobTable(connection, options.table, cutoff).expired_rows()
-        return Spool(JobRow, stop.between(expired_rows(rows, options.prefix)))
-
-
-def undo(options: Options, ledger: Ledger, stop: StopSignals) -> None:
-    """Remove the delete markers that an audit log records, so that the objects are live again.
-
-    Only markers: a version id that is not (or no more) a delete marker of its key is left alone.
-    Raises PurgeError.
-    """
-    assert options.undo is not None
-    report = ledger.report
-    session = aws_session(options)
-    bucket = Bucket(session, options.bucket, options.prefix, options.workers, report.requests)
-    report.versioning, _ = bucket.versioning()
-    if report.versioning == "off":
-        raise Refused(f"Bucket {options.bucket} is not versioned: there is nothing to undo.")
-    recorded = recorded_markers(options.undo, options.bucket)
-    markers = plan_undo(recorded, bucket, report.totals, options.workers)
-    with closing(Spool(Candidate, markers)) as candidates:
-        report.plan_complete = True
-        if options.dry_run:
-            show_plan(candidates, options)
-        else:
-            stop.defer()
-            Execution(bucket, ledger, stop, options, lambda _: set()).run(candidates)
-
-
-def make_plan(
-    bucket: Bucket, names: Spool[Reference], policy: Policy, report: Report
-) -> Spool[Candidate]:
-    """List what the policy needs of the bucket, merge it with the references, and keep the plan."""
-    totals = report.totals
-    log.info("%d keys are expired, %d stay; listing the bucket", totals.expired, totals.remaining)
-    objects = bucket.find(expired_keys(names)) if policy.orphans_before is None else bucket.all()
-    references = watched(names, "listing", names.count)
-    candidates = Spool(Candidate, plan(outer_join(references, objects), policy, report.totals))
-    report.plan_complete = True
-    log.info("planned: %s", in_words(report.totals.planned))
-    return candidates
-
-
-def show_plan(candidates: Iterable[Candidate], options: Options) -> None:
-    """Print what a real run would delete: reason, bytes, last modified, key."""
-    if options.json:
-        return
-    for chunk in chunks(candidates, 1000):
-        show(
-            "\n".join(
-                f"{item.reason}\t{item.size}\t{item.last_modified}\t{printable(item.key)}"
-                for item in chunk
+def outcome(action: Callable[[], None]) -> PurgeError | None:
+    """Do it; the error that ended it, in one line, whatever it was."""
+    try:
+        action()
+    except Exception as error:
+        log.debug("stopped", exc_info=True)
+        if isinstance(error, PurgeError):
+            return error
+        if isinstance(error, BotoCoreError):
+            usage = type(error).__name__ in (
+                "ProfileNotFound",
+                "NoCredentialsError",
+                "NoRegionError",
             )
-        )
+            advice = f"{str(error).rstrip('.')}. Check AWS credentials, --profile, --region."
+            return UsageError(advice) if usage else PurgeError(advice)
+        if isinstance(error, sqlite3.Error):
+            advice = "Free some space in TMPDIR, or point TMPDIR elsewhere."
+            return PurgeError(f"Cannot write a spool file: {error}. {advice}")
+        return PurgeError(f"Unexpected {type(error).__name__}: {error}. -v shows where.")
+    return None
 
 
-def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> None:
-    """Write the plan as S3 Batch Operations reads it: `bucket,url-encoded-key` on each line.
+def carry_out(given: dict[str, Any], ledger: Ledger, stop: Stop) -> None:
+    """Make of the command line what the parts of the run need, and run. Raises PurgeError."""
+    report = ledger.report
+    if given["audit_log"] and not given["dry_run"]:
+        settings = {name: value for name, value in given.items() if value is not None}
+        ledger.start(given["audit_log"], settings)
+    session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
+    with closing(Bucket(session, report, given["workers"], stop)) as bucket:
+        bucket.look()
+        enabled = report.versioning == "enabled"
+        report.recoverable = enabled and given["audit_log"] is not None and not given["undo"]
+        if given["undo"]:
+            undo(bucket, ledger, stop, given)
+            return
+        password = os.environ.get(PASSWORD_VARIABLE)
+        if password is None and not session.region_name:
+            raise UsageError("No AWS region: give --region, that of the database.")
+        address = given["db_host"], given["db_port"], given["db_user"]
+        tls = tls_settings(given["ca_bundle"], password is not None and is_loopback(address[0]))
 
-    Raises PurgeError.
+        def secret() -> str:
+            if password is not None:
+                return password
+            return session.client("rds").generate_db_auth_token(*address)
+
+        with closing(connect(*address, given["db_name"], secret, tls)) as connection:
+            purge(bucket, ledger, stop, connection, given)
+
+
+def table_place(given: dict[str, Any]) -> tuple[str, str]:
+    """Schema and name of the job table."""
+    first, dot, second = given["db_table"].partition(".")
+    return (first, second) if dot else (given["db_name"], first)
+
+
+def policy_of(given: dict[str, Any], now: datetime) -> Policy:
+    """The rules at the moment `now` of the database's clock (aware UTC).
+
+    Raises Refused for `--as-of` in the future, where jobs would expire before their time.
     """
-    try:
-        with path.open("w", encoding="ascii", newline="") as file:
-            file.writelines(f"{bucket},{quote(item.key)}\n" for item in candidates)
-    except OSError as error:
-        raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
-
-
-def aws_session(options: Options) -> boto3.Session:
-    try:
-        return boto3.Session(profile_name=options.profile, region_name=options.region)
-    except BotoCoreError as error:
-        raise UsageError(f"{error}. Check --profile.") from error
-
-
-def server_of(options: Options, session: boto3.Session) -> Server:
-    """The database that the options name; the default CA bundle only if it is there."""
-    return Server(
-        host=options.db_host,
-        port=options.db_port,
-        user=options.db_user,
-        database=options.db_name,
-        ca_bundle=options.ca_bundle or (DEFAULT_CA_BUNDLE if DEFAULT_CA_BUNDLE.exists() else None),
-        token=lambda: iam_token(session, options),
+    as_of = given["as_of"] or now.replace(microsecond=0)
+    if as_of > now:
+        raise Refused(f"--as-of {as_of} is later than the database clock, {now}.")
+    grace = timedelta(days=given["orphan_grace_days"])
+    return Policy(
+        cutoff=as_of - timedelta(days=given["retention_days"]),
+        prefix=given["prefix"],
+        orphans_before=now - grace if given["orphans"] else None,
+        rows=given["delete_jobs"],
     )
 
 
-def iam_token(session: boto3.Session, options: Options) -> str:
-    """A login token for this host, port and user, good for 15 minutes."""
+def purge(
+    bucket: Bucket, ledger: Ledger, stop: Stop, connection: Connection, given: dict[str, Any]
+) -> None:
+    """The run; see the top of this file. Raises PurgeError."""
+    report, place = ledger.report, table_place(given)
+    if not given["dry_run"]:
+        take_lock(connection, bucket.name, bucket.prefix, ".".join(place))
+    ((now,),) = query(connection, "Cannot ask the database's clock", "SELECT UTC_TIMESTAMP(6)")
+    now = now.replace(tzinfo=UTC)
+    clocks = clock_refusals(now - datetime.now(UTC), bucket.s3_lead)
+    policy = policy_of(given, now)
+    report.cutoff = policy.cutoff.isoformat()
+    jobs = JobTable(connection, place, policy.cutoff)
+    totals = Totals()
+    candidates = make_plan(bucket, jobs, policy, totals)
+    report.plan(totals, given["orphans"], policy.rows)
+    ledger.plan(totals, bucket.s3_lead)
+    reasons = [*clocks, *refusals(totals, policy, given["max_objects"], given["max_percent"])]
+    reasons += wrong_place(totals, jobs, bucket)
+    reasons += jobs.row_refusals() if policy.rows else []
+    if given["dry_run"]:
+        show_plan(candidates, given)
+    if reasons:
+        raise Refused(f"Refused, nothing was deleted: {'; '.join(reasons)}.")
+    if given["manifest"]:
+        write_manifest(candidates, bucket.name, given["manifest"])
+    if not given["dry_run"]:
+        stop.note()
+        Rounds(bucket, ledger, stop, Pace(given["max_rate"]), jobs).run(candidates, policy.rows)
+
+
+def make_plan(bucket: Bucket, jobs: JobTable, policy: Policy, totals: Totals) -> Spool[Candidate]:
+    """Read the table, list what the policy needs of the bucket, merge, and keep the plan."""
+    whole, start = policy.orphans_before is not None, len(policy.prefix)
+    log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
+    rows = read_references(jobs, policy, totals)
+    references = Spool(Reference, watched(rows, "reading references"))
+    log.info("%d keys are expired, %d stay; listing the bucket", totals.expired, totals.remaining)
+
+    def is_doubtful(key: str) -> bool:
+        """Whether a job may mean this orphan: its column cannot hold the name, or it holds another
+        Unicode normalisation of it."""
+        name = key[start:]
+        forms = {normalize(form, name) for form in ("NFC", "NFD")} - {name}
+        others = (references.has(policy.prefix + form) for form in forms)
+        return not jobs.can_hold(name) or any(others)
+
+    pairs, total = bucket.pairs(references, whole), None if whole else len(references)
+    pairs = watched(pairs, "listing", total, minutely=jobs.ping)
+    candidates = Spool(Candidate, plan(pairs, policy, totals, is_doubtful))
+    log.info("planned: %d objects, %d bytes", totals.planned.objects, totals.planned.bytes)
+    if whole and totals.dangling:
+        log.warning("%d keys of remaining jobs have no object: lost data?", totals.dangling)
+    if totals.doubtful:
+        why = "the table cannot hold the name, or holds it in another Unicode normalisation"
+        log.warning("%d orphans are kept: %s", totals.doubtful, why)
+    return candidates
+
+
+def wrong_place(totals: Totals, jobs: JobTable, bucket: Bucket) -> Iterator[str]:
+    """A reason to refuse, if all expired keys are missing, and some of remaining jobs as well: the
+    absence of objects is believed only where keys of this table were seen."""
+    if totals.expired and totals.missing == totals.expired and not totals.known:
+        sample = [bucket.prefix + name for name in jobs.sample()]
+        sample = [key for key in sample if len(key.encode()) <= KEY_BYTES]
+        if sample and not any(bucket.each(bucket.exists, sample)):
+            yield (
+                f"none of the {totals.expired} expired keys and of {len(sample)} keys of remaining "
+                "jobs has an object: --bucket, --prefix or --db-table must be wrong"
+            )
+
+
+def undo(bucket: Bucket, ledger: Ledger, stop: Stop, given: dict[str, Any]) -> None:
+    """Remove the delete markers of one run, so that objects are live again. Raises PurgeError."""
+    report, totals = ledger.report, Totals()
+    if report.versioning == "off":
+        raise Refused(f"Bucket {bucket.name} is not versioned: there is nothing to undo.")
+    events = read_audit_log(given["undo"])
+    chosen, count = choose_run(events, given["run_id"], bucket.name)
+    intents = watched(intents_of(events, chosen), "looking for delete markers", count)
+    candidates = Spool(Candidate, plan_undo(intents, bucket, totals, ledger))
+    report.plan(totals)
+    if not given["dry_run"]:
+        stop.note()
+        Rounds(bucket, ledger, stop, Pace(given["max_rate"]), None).run(candidates)
+    else:
+        show_plan(candidates, given)
+
+
+def show_plan(candidates: Iterable[Candidate], given: dict[str, Any]) -> None:
+    """Print what a real run would do: reason, bytes, last modified, key."""
+    if given["json"] or given["quiet"]:
+        return
+    objects = (item for item in candidates if item.reason in OF_OBJECTS)
+    lines = (f"{why}\t{size}\t{at}\t{printable(key)}" for key, why, size, at, _ in objects)
+    for chunk in chunks(lines, 1000):
+        show("\n".join(chunk))
+
+
+def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> None:
+    """Write the plan as S3 Batch Operations reads it, `bucket,url-encoded-key` on each line; beside
+    first, then renamed. Raises PurgeError."""
+    beside = path.with_name(f"{path.name}.part")
     try:
-        return session.client("rds").generate_db_auth_token(
-            options.db_host, options.db_port, options.db_user
-        )
-    except BotoCoreError as error:
-        raise UsageError(
-            one_line(f"Cannot make an IAM token: {error} Check AWS credentials, --region.")
-        ) from error
+        with beside.open("w", encoding="ascii", newline="") as file:
+            objects = (item for item in candidates if item.reason in OF_OBJECTS)
+            file.writelines(f"{bucket},{quote(item.key)}\n" for item in objects)
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
+
+
+def finish(ledger: Ledger, given: dict[str, Any]) -> None:
+    """Tell how it went: audit log, standard output and error, all with the same exit code."""
+    report, terminal = ledger.report, sys.stderr.isatty()
+    with suppress(OSError):
+        ledger.tell_causes()
+    report.end(outcome(ledger.end))
+    error = outcome(lambda: show_summary(report, given))
+    if error is not None and report.error is None:
+        report.end(error)
+        outcome(ledger.end)  # the last `end` counts
+    if report.error is not None:
+        stamp, run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} ", f" (run {report.run_id})"
+        line = f"Error: {report.error}"
+        with suppress(OSError):
+            click.echo(line if terminal else f"{stamp}{line}{run}", err=True)
+
+
+def show_summary(report: Report, given: dict[str, Any]) -> None:
+    if given["json"]:
+        show(json.dumps(report.as_dict()))
+    elif report.planned is not None and not (given["quiet"] and report.exit_code == 0):
+        show(report.as_text())
+        if given["dry_run"] and sys.stderr.isatty() and not sys.stdout.isatty():
+            click.echo(report.as_text(), err=True)  # the plan went into a file
+
+
+def show(text: str) -> None:
+    """Print a result. Raises PurgeError if standard output is closed or full."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        # Nothing more can be printed, neither here nor when Python flushes at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise PurgeError(f"Cannot print the result: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
@@ -37,6 +38,7 @@ from sandbox import DATABASE, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "retention_purge.py"
+ZYGOTE = ROOT / "tests" / "zygote.py"
 USER, PASSWORD = "faults", "of-the-sandbox"
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 ElementTree.register_namespace("", NAMESPACE)
@@ -85,7 +87,9 @@ def cut_short(request: Request, forward: Forward) -> Answer:
     return Answer(answer.status, answer.body[: len(answer.body) // 2], headers)
 
 
-def hang(seconds: float) -> Act:
+def late(seconds: float) -> Act:
+    """Carried out when the client may have given up, or ended."""
+
     def act(request: Request, forward: Forward) -> Answer:
         time.sleep(seconds)
         return forward(request)
@@ -167,17 +171,16 @@ def reordered(change: Callable[[list[bytes]], list[bytes]]) -> Act:
 
 def first_page_again(request: Request, forward: Forward) -> Answer | None:
     """The listing's first page where a further one was asked for."""
-    if "continuation-token" not in request.query:
-        return None
-    return forward(replace(request, path=re.sub("continuation-token=[^&]*&?", "", request.path)))
+    path = re.sub("(continuation-token|start-after)=[^&]+&?", "", request.path)
+    return forward(replace(request, path=path)) if path != request.path else None
 
 
 HTML = b"<html><body>Please sign in</body></html>"
 ANSWERED = ("versioning", "list", "delete", "other")  # by XML; other: the list of versions
 ALL = (*ANSWERED, "delete-one")
 
-# kind → where it can happen, and what it does.
-S3_FAULTS: dict[str, tuple[tuple[str, ...], Act]] = {
+Fault = tuple[tuple[str, ...], Act]  # where it can happen, and what it does
+S3_FAULTS: dict[str, Fault] = {
     "500 InternalError": (ALL, instead(500, error("InternalError"))),
     "503 SlowDown": (ALL, instead(503, error("SlowDown"))),
     "connection reset before the request took effect": (ALL, reset(effect=False)),
@@ -204,18 +207,23 @@ class FaultyS3(S3Proxy):
     """Before moto: `choose` names the fault, if any, that a request meets.
 
     `page` makes S3 list at most so many keys at a time, as it may. `latency` is a request's random
-    extra time, in seconds at most. `watch` sees each request before it is answered.
+    extra time, in seconds at most. `watch` sees each request before it is answered. A fault may be
+    added to `faults`.
     """
 
-    def __init__(self, url: str, injected: Counter[tuple[str, str]]) -> None:
+    def __init__(self, url: str, injected: Counter[tuple[str, str]], audit: Path) -> None:
         super().__init__(url)
         self.choose: Callable[[Request], str | None] = lambda request: None
         self.watch: Callable[[Request], None] = lambda request: None
         self.page: int | None = None
         self.latency = 0.0
+        self.faults = dict(S3_FAULTS)
+        self._audit = audit
         self._injected, self._busy, self._lock = injected, 0, threading.Lock()
 
     def answer(self, request: Request) -> Answer:
+        with suppress(FileNotFoundError):
+            request.logged = self._audit.stat().st_size
         with self._lock:
             self._busy += 1
             self.requests.append(request)
@@ -223,7 +231,7 @@ class FaultyS3(S3Proxy):
         try:
             self.watch(request)
             time.sleep(random.random() * self.latency)
-            answer = S3_FAULTS[kind][1](request, self.ask) if kind else None
+            answer = self.faults[kind][1](request, self.ask) if kind else None
             if answer is None:
                 return self.ask(request)
             self._injected["S3 " + request.operation, kind or ""] += 1
@@ -264,15 +272,17 @@ def always(operation: str, kind: str) -> Callable[[Request], str | None]:
     return lambda request: kind if request.operation == operation else None
 
 
-def at_random(dice: random.Random, rate: float, most: int) -> Callable[[Request], str | None]:
-    """A share of the requests meets a fault, `most` at most."""
+def at_random(
+    dice: random.Random, rate: float, most: int, faults: dict[str, Fault]
+) -> Callable[[Request], str | None]:
+    """A share of the requests meets one of the faults, `most` at most."""
     left = [most]
 
     def choose(request: Request) -> str | None:
-        if not left[0] or dice.random() > rate:
+        kinds = [kind for kind, (where, _) in faults.items() if request.operation in where]
+        if not kinds or not left[0] or dice.random() > rate:
             return None
         left[0] -= 1
-        kinds = [kind for kind, (where, _) in S3_FAULTS.items() if request.operation in where]
         return dice.choice(kinds)
 
     return choose
@@ -282,15 +292,20 @@ def at_random(dice: random.Random, rate: float, most: int) -> Callable[[Request]
 
 
 class FaultyDatabase(TcpProxy):
-    """Before MariaDB, with its root's means to break things."""
+    """Before the server, with its root's means to break things."""
 
     def __init__(self, box: Sandbox, injected: Counter[tuple[str, str]]) -> None:
         super().__init__(box.database.port)
         self._server, self._injected = box.database, injected
 
+    def patience(self, seconds: float) -> str:
+        """The setting that ends longer statements (in MySQL only queries), 0 for none."""
+        unit = 1 if self._server.kind == "mariadb" else 1000
+        return f"{self._server.time_limit} = {seconds * unit:g}"
+
     def sql(self, *statements: str) -> Any:
         """Run statements as the server's root; the rows of the last one."""
-        root = self._server.admin(database=DATABASE, init_command="SET max_statement_time = 0")
+        root = self._server.admin(database=DATABASE, init_command=f"SET {self.patience(0)}")
         with root as connection, connection.cursor() as cursor:
             for statement in statements:
                 cursor.execute(statement)
@@ -326,13 +341,15 @@ class FaultyDatabase(TcpProxy):
             time.sleep(seconds)
 
     @contextmanager
-    def setting(self, **values: float) -> Iterator[None]:
-        """Global variables of the server, for sessions that begin from now on."""
-        before = {name: self.sql(f"SELECT @@GLOBAL.{name}")[0][0] for name in values}
+    def setting(self, *assignments: str) -> Iterator[None]:
+        """Global variables of the server, `name = number`, for sessions that begin from now on."""
+        before = {}
         try:
-            for name, value in values.items():
-                self.count(f"{name} = {value:g}")
-                self.sql(f"SET GLOBAL {name} = {value}")
+            for assignment in assignments:
+                name = assignment.split()[0]
+                before[name] = self.sql(f"SELECT @@GLOBAL.{name}")[0][0]
+                self.count(assignment)
+                self.sql(f"SET GLOBAL {assignment}")
             yield
         finally:
             for name, value in before.items():
@@ -351,8 +368,11 @@ class Run:
     err: str
     before: set[str] = field(repr=False)
     after: set[str] = field(repr=False)
-    # This run's, in the audit log.
+    # This run's, in the audit log; `ends_at` is where each one's line ends, in bytes.
     events: list[dict[str, Any]] = field(repr=False, default_factory=list)
+    requests: list[Request] = field(repr=False, default_factory=list)
+    signals: int = 0  # that it was sent
+    limit: float = 30.0  # seconds: no request leaves with an older re-check
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -365,6 +385,18 @@ class Run:
     def gone(self) -> set[str]:
         return self.before - self.after
 
+    @property
+    def was_killed(self) -> bool:
+        """By SIGKILL, by a second signal, or before it could listen to signals."""
+        began = bool(self.out or self.events)
+        return self.code == -signal.SIGKILL or (self.code < 0 and (self.signals > 1 or not began))
+
+    @property
+    def age(self) -> float:
+        """Of the oldest re-check (seconds), as far as the run tells."""
+        told = None if self.was_killed else self.summary["max_recheck_age_seconds"]
+        return self.limit if told is None else float(told)
+
     def keys(self, event: str) -> list[str]:
         return [item["key"] for item in self.events if item["event"] == event]
 
@@ -374,33 +406,80 @@ class Run:
         return int(tally["expired"] + tally["orphan"])
 
 
+def as_seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
 def verify(run: Run) -> None:
-    """Bucket, audit log, summary and exit code tell the same story."""
+    """Bucket, requests, audit log, summary, standard error and exit code tell the same story."""
     assert "Traceback" not in run.err, run.err
-    intended, deleted = set(run.keys("delete")), run.keys("deleted")
-    failed, retained = run.keys("failed"), run.keys("retained")
-    assert run.gone <= intended, "gone without an intent in the log"
-    assert not set(deleted) & run.after, "said to be deleted, but there"
-    ends = deleted + failed + retained
-    assert len(ends) == len(set(ends)), "a key ended twice"
-    if run.code == -signal.SIGKILL:
+    assert run.gone <= set(run.keys("delete")), "gone without an intent in the log"
+    assert not set(run.keys("deleted")) & run.after, "said to be deleted, but there"
+    asked_in_order(run)
+    ends = Counter(key for name in ("deleted", "failed", "retained") for key in run.keys(name))
+    assert not [key for key, count in ends.items() if count > 1], "a key ended twice"
+    assert not run.gone & set(run.keys("retained")), "gone, but said to be retained"
+    if run.was_killed:
         return
-    if run.code in (-signal.SIGTERM, -signal.SIGINT) and not run.out and not intended:
-        return  # it came before the script had begun
-    summary = run.summary
+    assert set(run.keys("delete")) <= set(ends), "asked for, but not accounted for"
+    assert run.gone <= set(ends), "gone, but not accounted for"
+    adds_up(run, run.summary)
+    if run.events:
+        assert [run.events[0]["event"], run.events[-1]["event"]] == ["start", "end"]
+        assert run.events[-1]["exit_code"] == run.code
+
+
+def asked_in_order(run: Run) -> None:
+    """Each key that S3 was asked to delete stood in the log by then, and its re-check was as young
+    as the run says (a second is for the request's way)."""
+    intents: dict[str, list[tuple[int, float]]] = {}
+    for event in run.events:
+        if event["event"] == "delete":
+            times = intents.setdefault(event["key"], [])
+            times.append((event["ends_at"], as_seconds(event["time"])))
+    for request in run.requests:
+        for key in keys_of(request):
+            times = [time for ends_at, time in intents.get(key, []) if ends_at <= request.logged]
+            assert times, f"{key!r} was asked for without an intent on disk"
+            assert request.at - times[-1] < run.age + 1, "a request came later than its age says"
+
+
+def adds_up(run: Run, summary: dict[str, Any]) -> None:
+    """Every planned key ended as one of four, and the exit code tells."""
+    clean, dry = summary["error"] is None, summary["mode"] == "dry-run"
     assert summary["exit_code"] == run.code
-    clean = summary["error"] is None
-    assert run.code == (0 if not failed else 4) if clean else run.code in (1, 3, 75, 130, 143), run
-    assert intended <= set(ends), "asked for, but not accounted for"
-    assert run.gone <= set(deleted) | set(failed), "gone, but said to be retained"
+    allowed = (4 if summary["failed"] else 0,) if clean else (1, 3, 75, 129, 130, 143)
+    assert run.code in allowed, run
     told = (run.counted("deleted"), summary["failed"], summary["retained"])
     if run.events:
-        assert told == (len(deleted), len(failed), len(retained)), "summary and log differ"
-        assert run.events[-1]["event"] == "end"
-        assert run.events[-1]["exit_code"] == run.code
-    carried_out = summary["mode"] == "purge" and (clean or bool(ends))
-    assert sum(told) == (run.counted("planned") if carried_out else 0), "the sum is wrong"
-    assert summary["max_recheck_age_seconds"] < 60
+        logged = tuple(len(run.keys(name)) for name in ("deleted", "failed", "retained"))
+        assert told == logged, "summary and log differ"
+    left = summary["not_attempted"]
+    assert (left is None) == (summary["planned"] is None)
+    if left is not None and not dry:
+        assert left >= 0
+        assert sum(told) + left == run.counted("planned"), "the sum is wrong"
+    assert not (clean and left), "not attempted, without a cause"
+    assert not ((dry or run.code == 3) and (any(told) or run.requests)), "deleted, though not to"
+    age = summary["max_recheck_age_seconds"]
+    sent = (summary["requests"] or {"delete": 0})["delete"]
+    assert (age is None) == (not sent), f"age {age} of {sent} requests"
+    assert (age or 0) <= run.limit, "the re-check was too old"
+    assert len(run.requests) <= sent
+    on_standard_error(run, summary)
+
+
+def on_standard_error(run: Run, summary: dict[str, Any]) -> None:
+    """The error in one line, with time and run id; a line for each cause, with its keys counted."""
+    found = re.findall(r"(?m)^(?:(\S+Z) )?Error: (.*?)(?: \(run (\S+)\))?$", run.err)
+    assert len(found) == (summary["error"] is not None), run.err
+    for moment, message, run_id in found:
+        assert abs(as_seconds(moment) - time.time()) < 120
+        assert (message, run_id) == (summary["error"], summary["run_id"])
+    for name in ("failed", "retained"):
+        causes = re.findall(rf"(?m) (\d+) keys {name}: (.*) \(.*\)$", run.err)
+        assert sum(int(count) for count, _ in causes) == summary[name], run.err
+        assert len({cause for _, cause in causes}) == len(causes)
 
 
 class Forked:
@@ -409,12 +488,12 @@ class Forked:
     _zygote: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 
     def __init__(
-        self, arguments: list[str], environment: dict[str, str], batch: int | None
+        self, arguments: list[str], environment: dict[str, str], patches: dict[str, Any]
     ) -> None:
         self.returncode: int | None = None
         self._link = self._start_zygote()
         self._files = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115
-        order = json.dumps([arguments, environment, batch]).encode()
+        order = json.dumps([arguments, environment, patches]).encode()
         socket.send_fds(self._link, [order], [file.fileno() for file in self._files])
         self._link.settimeout(60)
         self.pid = int(self._link.recv(64))
@@ -424,7 +503,7 @@ class Forked:
         if cls._zygote is None or cls._zygote[1].poll() is not None:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "zygote.py"), str(theirs.fileno())],
+                [sys.executable, str(ZYGOTE), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
             )
             theirs.close()
@@ -468,20 +547,27 @@ class Forked:
 Process = subprocess.Popen[str] | Forked
 
 
+# Patches that bring faults with them.
+PATIENCE = ("SIGN", "MAX_RECHECK_AGE", "DELETE_TIMEOUT", "LIST_TIMEOUT", "RECHECK_TIMEOUT")
+
+
 class Scene:
     """The sandbox behind both fault layers. The purge logs in with a password: an IAM token is
     signed for the real port, and the way leads through a proxy's.
 
-    `batch` runs the same script with fewer keys in a request, and rows in a commit: many batches
-    without many objects. `fork` starts it from a process that has imported it already.
+    `patches` change constants of the script, as zygote.py has it: with small batches, many of them
+    take few objects. `fork` starts it from a process that has imported it already.
     """
 
-    def __init__(self, box: Sandbox, batch: int | None = None, fork: bool = False) -> None:
-        self.box, self.batch, self._fork = box, batch, fork
-        self.injected: Counter[tuple[str, str]] = Counter()
-        self.s3 = FaultyS3(box.s3_url, self.injected)
-        self.db = FaultyDatabase(box, self.injected)
+    def __init__(
+        self, box: Sandbox, patches: dict[str, Any] | None = None, fork: bool = False
+    ) -> None:
+        self.box, self.patches, self._fork = box, dict(patches or {}), fork
         self.audit = box.home / "audit.jsonl"
+        self.signals = 0
+        self.injected: Counter[tuple[str, str]] = Counter()
+        self.s3 = FaultyS3(box.s3_url, self.injected, self.audit)
+        self.db = FaultyDatabase(box, self.injected)
         self.settings: dict[str, str] = {
             "AWS_ENDPOINT_URL_S3": self.s3.url,
             "RETENTION_PURGE_DB_PORT": str(self.db.port),
@@ -497,7 +583,8 @@ class Scene:
         self._stack.enter_context(self.s3)
         self._stack.enter_context(self.db)
         self.db.sql(
-            f"CREATE OR REPLACE USER {USER}@'%' IDENTIFIED BY '{PASSWORD}' REQUIRE SSL",
+            f"DROP USER IF EXISTS {USER}@'%'",
+            f"CREATE USER {USER}@'%' IDENTIFIED BY '{PASSWORD}' REQUIRE SSL",
             f"GRANT SELECT, DELETE ON {DATABASE}.* TO {USER}@'%'",
         )
         return self
@@ -509,21 +596,19 @@ class Scene:
         self._stack.close()
 
     def command(self, *arguments: str) -> list[str]:
-        start = [str(SCRIPT)]
-        if self.batch:
-            change = f"rp.BATCH = rp.ROWS_A_COMMIT = {self.batch}"
-            code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import retention_purge as rp; "
-            start = ["-c", f"{code}{change}; rp.main()"]
-        return [sys.executable, *start, *arguments]
+        start = [ZYGOTE, "--run", json.dumps(self.patches)] if self.patches else [SCRIPT]
+        return [sys.executable, *map(str, start), *arguments]
 
     def environment(self, **settings: str) -> dict[str, str]:
         return self.box.environment | self.settings | settings
 
     def start(self, *arguments: str, **settings: str) -> Process:
-        arguments = ("--json", "--audit-log", str(self.audit), *arguments)
+        """A run that answers in JSON; with an audit log, but for an undo."""
+        log = [] if "--undo" in arguments else ["--audit-log", str(self.audit)]
+        arguments = ("--json", *log, *arguments)
         process: Process
         if self._fork:
-            process = Forked([*arguments], self.environment(**settings), self.batch)
+            process = Forked([*arguments], self.environment(**settings), self.patches)
         else:
             process = subprocess.Popen(
                 self.command(*arguments),
@@ -533,14 +618,34 @@ class Scene:
                 text=True,
             )
         self._processes.append(process)
+        self._asked, self.signals = len(self.s3.requests), 0
         return process
+
+    def signal(self, process: Process, signum: int) -> None:
+        if process.poll() is None:
+            self.signals += 1
+            process.send_signal(signum)
+            self.injected["process", signal.Signals(signum).name] += 1
 
     def finish(self, process: Process, before: set[str], logged: int, check: bool = True) -> Run:
         """Wait for a run; what it left, verified. `logged`: bytes in the audit log before it."""
         out, err = process.communicate(timeout=120)
         self.s3.settle()
-        after = set(self.box.live_keys())
-        run = Run(process.returncode, out, err, before, after, self.events(logged))
+        run = Run(
+            process.returncode,
+            out,
+            err,
+            before,
+            after=set(self.box.live_keys()),
+            events=self.events(logged),
+            requests=[
+                request
+                for request in self.s3.requests[self._asked :]
+                if request.operation in ("delete", "delete-one")
+            ],
+            signals=self.signals,
+            limit=self.patches.get("MAX_RECHECK_AGE", 30),
+        )
         if check:
             verify(run)
         return run
@@ -549,8 +654,18 @@ class Scene:
         before, logged = set(self.box.live_keys()), self.logged()
         return self.finish(self.start(*arguments, **settings), before, logged, check)
 
+    def undo(self, *arguments: str) -> dict[str, Any]:
+        """Undo a run of the audit log; the summary."""
+        process = self.start("--undo", str(self.audit), *arguments)
+        out, err = process.communicate(timeout=120)
+        summary: dict[str, Any] = json.loads(out)
+        assert process.returncode == summary["exit_code"] == 0, err
+        return summary
+
     def calm(self) -> None:
         """No more faults."""
+        for name in PATIENCE:
+            self.patches.pop(name, None)
         self.s3.choose, self.s3.watch = lambda request: None, lambda request: None
         self.s3.latency = 0.0
         self.db.on_received = lambda total: None
@@ -561,14 +676,16 @@ class Scene:
     def events(self, start: int = 0) -> list[dict[str, Any]]:
         """The events after that byte of the audit log; a cut line is skipped."""
         found = []
-        for line in self.audit.read_bytes()[start:].splitlines() if self.audit.exists() else []:
+        text = self.audit.read_bytes()[start:] if self.audit.exists() else b""
+        for line in text.splitlines(keepends=True):
+            start += len(line)
             with suppress(ValueError):
-                found.append(json.loads(line))
+                found.append(json.loads(line) | {"ends_at": start})
         return found
 
 
 def table_of(injected: Counter[tuple[str, str]], runs: int) -> str:
-    """`injected` as a Markdown table, for the README's section "Tested against"."""
+    """`injected` as a Markdown table, for the page MEASURED.md."""
     kinds: dict[str, Counter[str]] = {}
     for (place, kind), count in injected.items():
         kinds.setdefault(kind, Counter())[place] += count

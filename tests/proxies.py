@@ -11,7 +11,9 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -89,12 +91,17 @@ class TcpProxy:
 
 @dataclass
 class Request:
-    """One request to S3. `operation` is list, delete, delete-one, versioning or other."""
+    """One request to S3. `operation` is list, delete, delete-one, versioning or other.
+
+    It came `at` this moment (Unix time); the audit log had `logged` bytes then.
+    """
 
     method: str
     path: str
     headers: dict[str, str]
     body: bytes
+    at: float = field(default_factory=time.time)
+    logged: int = 0
 
     @property
     def query(self) -> dict[str, list[str]]:
@@ -124,6 +131,14 @@ class Answer:
 
 DROP = Answer(0, b"", drop=True)
 RESET = Answer(0, b"", drop=True, reset=True)
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that was killed
+            super().handle_error(request, client_address)
 
 
 class S3Proxy:
@@ -176,8 +191,7 @@ class S3Proxy:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer((LOCAL, 0), Handler)
-        self._server.daemon_threads = True
+        self._server = QuietServer((LOCAL, 0), Handler)
         self.url = f"http://{LOCAL}:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:

@@ -2,8 +2,9 @@
 # Runs all checks and all tests. usage: sh tests/run.sh [PYTEST ARGUMENT ...]
 set -eu
 . "$(dirname "$0")/setup.sh"
+sh "$root/tests/mysql.sh"
 cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy --strict retention_purge.py
-exec "$python" -m pytest -p no:cacheprovider -n 2 tests "$@"
+exec "$python" -m pytest -p no:cacheprovider -rs -n 2 tests "$@"

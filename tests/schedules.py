@@ -10,18 +10,17 @@ import math
 import random
 import re
 import signal
-import subprocess
 import threading
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, NamedTuple
 
-from faults import Process, Run, Scene, at_random, keys_of
+from faults import S3_FAULTS, Fault, Process, Run, Scene, as_seconds, at_random, late
 from proxies import Request
 from pymysql.constants import CLIENT
 from sandbox import BUCKET, COLUMNS, DATABASE, TABLE, Job, Sandbox
@@ -67,7 +66,9 @@ class Model:
         }
 
     def is_old_orphan(self, key: str, days: int) -> bool:
-        return self.orphans and key.startswith(self.prefix) and days >= self.grace_days
+        """An object called like the prefix is nobody's data: a console's "folder"."""
+        inside = key.startswith(self.prefix) and key != self.prefix
+        return self.orphans and inside and days >= self.grace_days
 
     def rows_left(self, jobs: list[Job]) -> set[str]:
         """Job ids after `--delete-jobs`, once all that may go is gone."""
@@ -78,31 +79,37 @@ class Model:
 
 
 class State(NamedTuple):
-    """A job as it was for certain from the moment `since` until `until` (Unix time)."""
+    """A job as it was for certain from the moment `since` until `until` (Unix time), and perhaps
+    from `born`, when that write began, until `died`, when the next one had returned."""
 
     job: Job
-    since: float
-    until: float
+    since: float = -math.inf
+    until: float = math.inf
+    born: float = -math.inf
+    died: float = math.inf
 
 
 class History:
-    """What the writers did, and when: after a write returned, before the next one began."""
+    """What the writers did, and when: after a write returned, before the next one began. A writer
+    holds `writing` from before it looks until the write is noted."""
 
     def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = {job[0]: [State(job, -math.inf, math.inf)] for job in jobs}
+        self.jobs = {job[0]: [State(job)] for job in jobs}
         self.deleted: set[str] = set()  # by a writer
-        self._lock = threading.Lock()
+        self.writing = threading.Lock()
 
     def note(self, job_id: str, began: float, job: Job | None) -> None:
         """A write of this job, begun then, has returned now; None deleted it."""
-        with self._lock:
-            states = self.jobs.setdefault(job_id, [])
-            if states:
-                states[-1] = states[-1]._replace(until=min(states[-1].until, began))
-            if job is None:
-                self.deleted.add(job_id)
-            else:
-                states.append(State(job, time.time(), math.inf))
+        now = time.time()
+        states = self.jobs.setdefault(job_id, [])
+        if states:
+            last = states[-1]
+            states[-1] = last._replace(until=min(last.until, began), died=min(last.died, now))
+        self.deleted.discard(job_id)
+        if job is None:
+            self.deleted.add(job_id)
+        else:
+            states.append(State(job, since=now, born=began))
 
     def states(self) -> Iterator[State]:
         for states in self.jobs.values():
@@ -116,33 +123,46 @@ class History:
                 reached = max(reached, state.until)
         return reached >= end
 
+    def vanished(self, name: str, start: float, end: float) -> bool:
+        """Whether at no moment from `start` to `end` any job can have named it."""
+        named = [state for state in self.states() if state.job[3] == name]
+        return all(state.died < start or state.born > end for state in named)
+
+
+ROWS = f"SELECT jobId, CAST(completedAt AS CHAR), type, sourceData FROM {TABLE}"
+
 
 class Writer(threading.Thread):
     """Inserts, changes and deletes jobs over a connection of its own, as `History` is told."""
 
-    def __init__(self, box: Sandbox, history: History, names: list[str], seed: str) -> None:
+    def __init__(self, scene: Scene, history: History, names: list[str], seed: str) -> None:
         super().__init__(daemon=True)
         self.stop = threading.Event()
         self.error: Exception | None = None
         self.writes = 0
-        self._box, self._history, self._names = box, history, names
+        self._scene, self._history, self._names = scene, history, names
         self._dice, self._seed = random.Random(seed), seed
 
     def run(self) -> None:
         try:
             with (
-                self._box.database.admin(
+                self._scene.box.database.admin(
                     database=DATABASE,
                     client_flag=CLIENT.FOUND_ROWS,
-                    init_command="SET max_statement_time = 0",
+                    init_command=f"SET {self._scene.db.patience(0)}",
                 ) as connection,
                 connection.cursor() as cursor,
             ):
                 cursor.execute("SET time_zone = '+00:00', sql_mode = ''")
-                while not self.stop.wait(self._dice.random() * 0.06):
-                    self._write(cursor)
+                while not self.stop.wait(self._pause()):
+                    with self._history.writing:
+                        self._write(cursor)
+                    self.writes += 1
         except Exception as error:
             self.error = error
+
+    def _pause(self) -> float:
+        return self._dice.random() * 0.06
 
     def _write(self, cursor: Any) -> None:
         dice = self._dice
@@ -153,25 +173,57 @@ class Writer(threading.Thread):
             job = (job_id, done, type_, dice.choice(self._names))
             cursor.execute(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", job)
             self._history.note(job_id, began, job)
+            return
+        mine = [key for key in self._history.jobs if key not in self._history.deleted]
+        mine = [key for key in mine if key.startswith((f"w{self._seed}-", f"j{self._seed}-"))]
+        if not mine:
+            return
+        job_id = dice.choice(mine)
+        old = self._history.jobs[job_id][-1].job
+        if dice.random() < 0.6:
+            cursor.execute(f"DELETE FROM {TABLE} WHERE jobId = %s", (job_id,))
+            self._history.note(job_id, began, None)
         else:
-            mine = [key for key in list(self._history.jobs) if key not in self._history.deleted]
-            mine = [key for key in mine if key.startswith((f"w{self._seed}-", f"j{self._seed}-"))]
-            if not mine:
-                return
-            job_id = dice.choice(mine)
-            old = self._history.jobs[job_id][-1].job
-            if dice.random() < 0.6:
-                found = cursor.execute(f"DELETE FROM {TABLE} WHERE jobId = %s", (job_id,))
+            job = (job_id, old[1], "OFFICIAL", old[3])
+            found = cursor.execute(
+                f"UPDATE {TABLE} SET type = 'OFFICIAL' WHERE jobId = %s", (job_id,)
+            )
+            self._history.note(job_id, began, job if found else None)
+            if not found:  # the purge has deleted it
+                self._history.deleted.discard(job_id)
+
+
+class Reloader(Writer):
+    """Takes rows away and puts the same rows back a moment later: the whole table by TRUNCATE or
+    DELETE, as a reload does, or some of it, as an upgrade does."""
+
+    def _pause(self) -> float:
+        return self._dice.uniform(0, 0.3)
+
+    def _write(self, cursor: Any) -> None:
+        dice = self._dice
+        cursor.execute(ROWS)
+        rows: list[Job] = list(cursor.fetchall())
+        some = dice.sample(rows, min(len(rows), dice.choice([1, 10])))
+        away = dice.choice(["TRUNCATE", "DELETE FROM", ""])
+        began = time.time()
+        if away:
+            some = rows
+            cursor.execute(f"{away} {TABLE}")
+        elif some:
+            ids = [job[0] for job in some]
+            cursor.execute(f"DELETE FROM {TABLE} WHERE jobId IN %s", (ids,))
+        whose = list(self._history.jobs) if away else [job[0] for job in some]
+        for job_id in whose:
+            if job_id not in self._history.deleted:
                 self._history.note(job_id, began, None)
-            else:
-                job = (job_id, old[1], "OFFICIAL", old[3])
-                found = cursor.execute(
-                    f"UPDATE {TABLE} SET type = 'OFFICIAL' WHERE jobId = %s", (job_id,)
-                )
-                self._history.note(job_id, began, job if found else None)
-                if not found:  # the purge has deleted it
-                    self._history.deleted.discard(job_id)
-        self.writes += 1
+                self._history.deleted.discard(job_id)  # if it is away at the end, the purge did it
+        time.sleep(dice.choice([0, 0.02, 0.3]))
+        for start in range(0, len(some), 500):
+            began, chunk = time.time(), some[start : start + 500]
+            cursor.executemany(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", chunk)
+            for job in chunk:
+                self._history.note(job[0], began, job)
 
 
 # --- The schedule ---------------------------------------------------------------------------------
@@ -216,14 +268,29 @@ class Draw:
         self.dry = dice.random() < 0.08
         # Now and then the script as it is, with requests of 1,000 keys.
         many = dice.random() < 0.02 and not self.versioned  # an undo asks for every single key
-        self.batch = None if many or dice.random() < 0.2 else dice.choice([2, 4, 10])
-        count = 2200 if many else dice.choice([1, 5, 20, 60])
+        self.patches: dict[str, Any] = {}
+        if not many and dice.random() < 0.8:
+            self.patches = self._small(dice)
+        count = 2200 if many else dice.choice([2, 10, 30, 60, 60])
         names: list[str] = []
         for _ in range(min(count, 60)):
             names.append(random_name(dice, names))
         if many:
             names += [f"m{n:05}" for n in range(count)]
         self._fill(dice, sorted({self._for_moto(name) for name in names}), prefix)
+
+    def _small(self, dice: random.Random) -> dict[str, Any]:
+        """Few keys and rows at a time, so that there are many batches and rounds; now and then
+        little patience, with credentials that take longer, or deletes that are carried out late."""
+        batch = dice.choice([2, 4, 10])
+        patches = {"BATCH": batch, "ROWS_A_COMMIT": batch, "ROWS": dice.choice([3 * batch, 5000])}
+        patches["ROUND_KEYS"] = batch * dice.choice([1, 3, 30])
+        trouble = dice.random()
+        if trouble < 0.15:
+            patches |= {"MAX_RECHECK_AGE": 0.6, "SIGN": (dice.choice([0.1, 0.4]), 2.2)}
+        elif trouble < 0.35:
+            patches["DELETE_TIMEOUT"] = 1
+        return patches
 
     def _for_moto(self, name: str) -> str:
         """moto can neither list the versions of a key that XML cannot carry, nor delete a key with
@@ -276,7 +343,7 @@ def table(scene: Scene) -> list[Job]:
     return list(
         scene.db.sql(
             "SET time_zone = '+00:00'",
-            f"SELECT jobId, CAST(completedAt AS CHAR), type, sourceData FROM {TABLE}",
+            ROWS,
         )
     )
 
@@ -287,45 +354,53 @@ class Chaos:
     def __init__(self, scene: Scene, dice: random.Random) -> None:
         self._scene, self._dice = scene, dice
         self.process: Process | None = None
+        self.writers: list[Writer] = []  # that begin with the listing
         self._timers: list[threading.Thread] = []
-        self._at: dict[int, Callable[[], None]] = {}
+        self._at: dict[tuple[str, int], Callable[[], None]] = {}
         actions: list[Callable[[], None]] = [
             scene.db.break_connections,
             scene.db.kill,
             lambda: scene.db.kill("QUERY"),
             lambda: scene.db.freeze(0.4),
-            lambda: self._signal(signal.SIGTERM),
-            lambda: self._signal(signal.SIGKILL),
-            lambda: self._signal(signal.SIGINT),
         ]
+        for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            actions.append(lambda signum=each: self._signal(signum))
         for _ in range(dice.choice([0, 0, 1, 1, 2])):
             action = dice.choice(actions)
-            if dice.random() < 0.6:
-                self._at[dice.randrange(1, 12)] = action
+            if dice.random() < 0.7:
+                what = dice.choice(["", "delete"])  # any request, or the deletes alone
+                self._at[what, dice.randrange(1, 7 if what else 20)] = action
             else:
                 timer = threading.Timer(dice.uniform(0.3, 1.0), action)
                 timer.daemon = True
                 self._timers.append(timer)
 
     def _signal(self, signum: int) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signum)
-            self._scene.injected["process", signal.Signals(signum).name] += 1
+        if self.process is not None:
+            self._scene.signal(self.process, signum)
 
-    def watch(self, _: Request) -> None:
-        action = self._at.pop(len(self._scene.s3.requests), None)
-        if action is not None:
-            action()
+    def watch(self, request: Request) -> None:
+        s3 = self._scene.s3
+        for place in (("", len(s3.requests)), ("delete", s3.count("delete"))):
+            action = self._at.pop(place, None)
+            if action is not None:
+                action()
+        if request.operation == "list":
+            self._start(self.writers)
+
+    def _start(self, writers: list[Writer]) -> None:
+        """The writers begin now; the references are read by then."""
+        while writers:
+            with suppress(IndexError):  # another request was quicker
+                writers.pop().start()
 
     @contextmanager
     def settings(self) -> Iterator[None]:
         """A server that is not as it should be, now and then."""
-        sick: list[dict[str, float]] = [
-            {"wait_timeout": 1}, {"max_statement_time": 0.001}, {"read_only": 1},
-        ]  # fmt: skip
+        sick = ["wait_timeout = 1", self._scene.db.patience(0.001), "read_only = 1"]
         with ExitStack() as stack:
             if self._dice.random() < 0.15:
-                stack.enter_context(self._scene.db.setting(**self._dice.choice(sick)))
+                stack.enter_context(self._scene.db.setting(self._dice.choice(sick)))
             yield
 
     def __enter__(self) -> Chaos:
@@ -342,7 +417,7 @@ class Chaos:
 def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
     """Play a schedule; how often which fault took place. Raises AssertionError."""
     draw = Draw(seed)
-    with Scene(box, draw.batch, fork=True) as scene:
+    with Scene(box, draw.patches, fork=True) as scene:
         draw.load(box)
         scene.s3.page = (
             draw.dice.choice([None, 1 if len(draw.objects) < 12 else 10, 10, 25])
@@ -355,7 +430,7 @@ def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
         if draw.dry:
             assert not run.gone
             assert not run.events
-        never_too_much(scene, draw, history, run)
+        never_too_much(draw, history, run)
         if draw.delete_jobs:
             rows_in_order(scene, draw, history, run)
         scene.calm()
@@ -365,73 +440,113 @@ def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
 
 def disturbed(scene: Scene, draw: Draw, history: History, options: list[str]) -> Run:
     """The run that meets the faults and the writers."""
-    dice = draw.dice
-    writers = [
-        Writer(scene.box, history, draw.names, str(n)) for n in range(dice.choice([0, 1, 2]))
-    ]
+    dice, share = draw.dice, draw.dice.choice([0, 0.2, 0.5])
+    writers = [Writer(scene, history, draw.names, str(n)) for n in range(dice.choice([0, 1, 2]))]
+    if dice.random() < 0.25:
+        writers.append(Reloader(scene, history, draw.names, f"reload {draw.seed}"))
     chaos = Chaos(scene, dice)
-    scene.s3.choose = at_random(dice, dice.choice([0, 0.2, 0.5]), most=5)
-    scene.s3.latency, scene.s3.watch = dice.choice([0, 0.05]), chaos.watch
+    if draw.patches.get("SIGN"):
+        scene.injected["process", "credentials that took long"] += 1
+    faults = dice.choice([S3_FAULTS, of_deletes(S3_FAULTS)])
+    if "DELETE_TIMEOUT" in draw.patches:
+        lately = {LATE: (("delete", "delete-one"), late(dice.choice([1.2, 2.5, 5])))}
+        scene.s3.faults |= lately
+        faults = dice.choice([lately, faults | lately])
+        share = max(share, 0.2)
+    scene.s3.choose = at_random(dice, share, 5, faults)
+    scene.s3.latency, scene.s3.watch = dice.choice([0, 0.05, 0.2]), chaos.watch
     before = set(scene.box.live_keys())
-    for writer in writers:
-        writer.start()
+    if dice.random() < 0.5:
+        chaos.writers = writers[:]
+    else:
+        for writer in writers:
+            writer.start()
     with chaos.settings(), chaos:
         chaos.process = scene.start(*options, *["-n"] * draw.dry)
         try:
             run = scene.finish(chaos.process, before, 0)
         finally:
+            chaos.writers.clear()
             for writer in writers:
                 writer.stop.set()
-                writer.join()
+                if writer.ident:
+                    writer.join()
     assert not [writer.error for writer in writers if writer.error]
-    scene.injected["writers", "jobs written during the run"] += sum(w.writes for w in writers)
+    scene.injected["runs", f"ended with exit code {run.code}"] += 1
+    for writer in writers:
+        kind = "jobs written during the run"
+        if isinstance(writer, Reloader):
+            kind = "rows taken away and put back during the run"
+        scene.injected["writers", kind] += writer.writes
     return run
 
 
-def never_too_much(scene: Scene, draw: Draw, history: History, run: Run) -> None:
-    """No key was asked to be deleted that a job held on to at its re-check.
+LATE = "delete carried out after the client gave up"
 
-    The re-check took place before the intent was logged, no longer ago than the run admits; of a
-    run that was killed, within 5 seconds (no re-check of so small a table takes long).
+
+def of_deletes(faults: dict[str, Fault]) -> dict[str, Fault]:
+    """The same faults, but listings and the like meet none: runs get further."""
+    return {
+        kind: (tuple(place for place in where if place.startswith("delete")), act)
+        for kind, (where, act) in faults.items()
+    }
+
+
+def never_too_much(draw: Draw, history: History, run: Run) -> None:
+    """No key was to be deleted that a job held on to at its re-check, and none of an expired job
+    whose rows were all away.
+
+    The re-check took place before the intent was logged, no longer ago than the run admits; where
+    requests may be too old to be sent after their intent, no longer ago than they may be.
     """
-    age = run.summary["max_recheck_age_seconds"] + 0.01 if run.out else 5.0
+    age = run.limit if draw.patches.get("SIGN") else run.age
     for event in run.events:
         if event["event"] != "delete":
             continue
         end = as_seconds(event["time"])
+        start = end - age - 0.01
         name = event["key"].removeprefix(draw.model.prefix)
         orphan = event["reason"] == "orphan"
         counts = (lambda job: True) if orphan else draw.model.remains
-        held = history.referred(name, end - age, end, counts)
-        assert not held, f"{event['key']!r} was deleted though a job referred to it"
+        held = history.referred(name, start, end, counts)
+        assert not held, f"{event['key']!r} was to be deleted though a job referred to it"
         if orphan:
             days = draw.objects[event["key"]]
             assert draw.model.is_old_orphan(event["key"], days), event
         else:
             was = [s.job for s in history.states() if s.job[3] == name]
             assert any(draw.model.is_expired(job) for job in was), event
+            away = history.vanished(name, start, end)
+            assert not away, f"{event['key']!r} was to be deleted though all its rows were away"
         assert event["key"].startswith(draw.model.prefix)
-    deletes = [r for r in scene.s3.requests if r.operation in ("delete", "delete-one")]
-    asked = {key for request in deletes for key in keys_of(request)}
-    assert asked <= set(run.keys("delete")), "asked for without an intent"
-
-
-def as_seconds(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()
 
 
 def rows_in_order(scene: Scene, draw: Draw, history: History, run: Run) -> None:
-    """The purge deleted rows only of expired jobs, whose object is gone or kept by another job."""
+    """The purge deleted rows only of expired jobs, whose object is gone or kept by another job; and
+    said so in the log before."""
     left = {job[0] for job in table(scene)}
+    intents = [event for event in run.events if event["event"] == "delete-job"]
+    intended = {event["job_id"] for event in intents}
     for job_id, states in history.jobs.items():
         if job_id in left or job_id in history.deleted:
             continue
         job = states[-1].job
         assert draw.model.is_expired(job), f"row {job} is gone"
+        assert job_id in intended, f"row {job} is gone without an intent in the log"
         key = draw.model.prefix + job[3]
         users = [s for s in history.states() if s.job[3] == job[3]]
         kept = any(not draw.model.is_expired(state.job) for state in users)
         assert key not in run.after or kept, f"row {job} is gone, its object is there"
+    done = {event["key"]: event["ends_at"] for event in run.events if event["event"] == "deleted"}
+    for event in intents:
+        key = event["key"]
+        users = [s.job for s in history.states() if draw.model.prefix + s.job[3] == key]
+        kept = any(not draw.model.is_expired(job) for job in users)
+        gone = key not in run.before or done.get(key, math.inf) < event["ends_at"]
+        assert kept or gone, f"{event} before its object was gone"
+        assert event["job_id"] in {job[0] for job in users}
+    if not run.was_killed:
+        assert run.summary["jobs_deleted"] <= len(intents)
 
 
 def converges(scene: Scene, draw: Draw, options: list[str]) -> None:
@@ -451,13 +566,24 @@ def converges(scene: Scene, draw: Draw, options: list[str]) -> None:
 
 
 def undo(scene: Scene, draw: Draw) -> None:
-    """No key has two markers; the log, whatever broke it off, brings back all that it confirms."""
+    """Run by run, newest first, the log brings back all that was hidden, whatever broke it off.
+
+    Only where a delete was carried out late can a key have two markers, the second of which no
+    answer named: such a key is left alone, and counted.
+    """
     versions = scene.box.s3().list_object_versions(Bucket=BUCKET, EncodingType="url")
     stacked = Counter(item["Key"] for item in versions.get("DeleteMarkers", []))
-    assert not [key for key, count in stacked.items() if count > 1], "delete markers are stacked"
-    recorded = {event["key"] for event in scene.events() if event["event"] == "deleted"}
+    twice = [key for key, count in stacked.items() if count > 1]
+    assert not twice or scene.injected["S3 delete", LATE], "delete markers are stacked"
+    intents: dict[str, set[str]] = {}
+    for event in scene.events():
+        if event["event"] == "delete":
+            intents.setdefault(event["run_id"], set()).add(event["key"])
     prefix = [f"--prefix={draw.model.prefix}"] if draw.model.prefix else []
-    if recorded:
-        command = scene.command("--undo", str(scene.audit), *prefix)
-        subprocess.run(command, env=scene.environment(), check=True, capture_output=True)
-        assert recorded <= set(scene.box.live_keys())
+    for run_id, keys in reversed(intents.items()):
+        hidden = keys - set(scene.box.live_keys())
+        summary = scene.undo("--run-id", run_id, *prefix)
+        live = set(scene.box.live_keys())
+        assert summary["restored"]["expired"] + summary["restored"]["orphan"] == len(hidden & live)
+        assert summary["retained"] == len(keys - live), "not restored, and not said so"
+        assert summary["retained"] <= len(twice), "a run's own delete marker was left alone"

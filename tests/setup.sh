@@ -17,8 +17,10 @@ stamp="$root/.venv/installed"
 wanted=$(cat "$root/requirements.txt" "$root/tests/requirements.txt")
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing the pinned requirements into .venv ..." >&2
-    "$python" -m pip install -qq --disable-pip-version-check \
-        -r "$root/requirements.txt" -r "$root/tests/requirements.txt" || exit 1
+    # One after the other: hashes for one package would be asked of all in the same command.
+    for file in requirements.txt tests/requirements.txt; do
+        "$python" -m pip install -qq --disable-pip-version-check -r "$root/$file" || exit 1
+    done
     echo "$wanted" >"$stamp"
 fi
 if ! command -v mariadbd >/dev/null 2>&1; then

@@ -1,8 +1,11 @@
-"""The pure part: policy, merge, and the small functions on keys."""
+"""The pure part: policy, merge, plan, guards, and the small functions on keys."""
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,70 +19,109 @@ KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12
 
 
 def item(key: str, age_days: float = 0) -> rp.S3Object:
-    return rp.S3Object(key, len(key), NOW - timedelta(days=age_days))
+    return rp.S3Object(key, str(len(key)), (NOW - timedelta(days=age_days)).isoformat())
 
 
-def policy(grace_days: float | None = None) -> rp.Policy:
+def policy(grace_days: float | None = None, rows: bool = False, prefix: str = "") -> rp.Policy:
     before = None if grace_days is None else NOW - timedelta(days=grace_days)
-    return rp.Policy(cutoff=NOW - timedelta(days=90), orphans_before=before)
+    return rp.Policy(NOW - timedelta(days=90), prefix, before, rows)
+
+
+def references(rows: Any, rules: rp.Policy, totals: rp.Totals) -> list[rp.Reference]:
+    jobs: Any = SimpleNamespace(references=lambda: iter(rows))
+    return list(rp.read_references(jobs, rules, totals))
+
+
+def by_bytes(key: str) -> bytes:
+    return key.encode()
 
 
 @given(
-    references=st.dictionaries(KEYS, st.booleans()),
+    table=st.dictionaries(KEYS, st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any)),
     objects=st.dictionaries(KEYS, st.integers(0, 20)),
     shared=st.lists(KEYS, max_size=5),
     grace=st.none() | st.integers(0, 20),
     rows=st.booleans(),
 )
-def test_plan_is_what_the_rules_say_key_by_key(references, objects, shared, grace, rows):
+def test_plan_is_what_the_rules_say_key_by_key(table, objects, shared, grace, rows):
+    """`table`: of each key its expired and its remaining jobs."""
     for place, key in enumerate(shared):
-        references.setdefault(key, place % 2 == 0)
+        table.setdefault(key, (place % 2, 1 - place % 2))
         objects.setdefault(key, place)
-    totals = rp.Totals()
-    by_bytes = lambda key: key.encode()  # noqa: E731
-    names = [
-        ((b"+" if references[key] else b"-") + key.encode(),)
-        for key in sorted(references, key=by_bytes)
-    ]
+    rules, totals = policy(grace, rows), rp.Totals()
+    read = [(by_bytes(key), sum(table[key]), table[key][0]) for key in sorted(table, key=by_bytes)]
     found = [item(key, objects[key]) for key in sorted(objects, key=by_bytes)]
-    needed = rp.references(names, "", totals, all_keys=grace is not None or rows)
-    planned = list(rp.plan(rp.outer_join(needed, found), policy(grace), totals))
-    expired = {key for key in objects if references.get(key) is True}
-    orphans = {key for key in objects if key not in references and grace is not None}
+    pairs = list(rp.outer_join(references(read, rules, totals), found))
+    doubtful = {key for key in objects if len(key) % 5 == 0}
+    planned = list(rp.plan(pairs, rules, totals, doubtful.__contains__))
+
+    expired = {key for key, (some, others) in table.items() if some and not others}
+    orphans = {key for key in objects if grace is not None and key not in table}
     orphans = {key for key in orphans if objects[key] > grace}
-    assert {c.key for c in planned if c.reason is rp.Reason.EXPIRED} == expired
-    assert {c.key for c in planned if c.reason is rp.Reason.ORPHAN} == orphans
-    assert len(planned) == len(expired) + len(orphans) == totals.planned.objects
-    assert totals.planned.bytes == sum(len(key) for key in expired | orphans)
-    assert totals.missing == sum(e and key not in objects for key, e in references.items())
-    assert totals.remaining == sum(not e for e in references.values())
-    assert totals.expired == sum(references.values())
-    assert totals.listed == len(objects)
+    mixed = {key for key, jobs in table.items() if all(jobs)}
+    assert {(c.reason, c.key) for c in planned} == (
+        {("expired", key) for key in expired & {*objects}}
+        | {("orphan", key) for key in orphans - doubtful}
+        | {("missing", key) for key in expired - {*objects} if rows}
+        | {("shared", key) for key in mixed if rows}
+    )
+    going = (expired & {*objects}) | (orphans - doubtful)
+    assert len(planned) == len({c.key for c in planned})
+    assert (totals.planned.objects, totals.planned.bytes) == (len(going), sum(map(len, going)))
+    assert totals.jobs == sum(map(sum, table.values()))
+    assert totals.expired_jobs == sum(some for some, _ in table.values())
+    assert (totals.expired, totals.remaining) == (len(expired), len(table) - len(expired))
+    assert totals.missing == len(expired - {*objects})
+    if grace is not None:
+        assert totals.doubtful == len(orphans & doubtful)
+        assert totals.listed == len(objects)
+        assert totals.known == len({*objects} & {*table})
+        assert totals.dangling == len({*table} - expired - {*objects})
 
 
 @pytest.mark.parametrize("keys", [["b", "a"], ["a", "a"], ["a", "c", "b"]])
 def test_a_stream_out_of_order_is_an_error(keys):
     with pytest.raises(rp.PurgeError, match="bucket's listing is out of order"):
         list(rp.outer_join([], [item(key) for key in keys]))
-    with pytest.raises(rp.PurgeError, match="spooled key list is out of order"):
-        list(rp.outer_join([rp.Reference(key, True) for key in keys], []))
-    rows = [(f"{'-' if key == 'a' else '+'}{key}".encode(),) for key in keys]
-    with pytest.raises(rp.PurgeError, match="job table's name list is out of order"):
-        list(rp.references(rows, "p/", rp.Totals(), all_keys=False))
+    with pytest.raises(rp.PurgeError, match="list of the table's keys is out of order"):
+        references([(key.encode(), 1, key == "b") for key in keys], policy(), rp.Totals())
 
 
-def test_names_that_are_no_key_are_no_reference(caplog):
-    rows = [(b"12",), (b"++",), (b"+5",), (b"-6",), (b"+\xff",)]
+def test_names_that_are_no_key_are_no_reference(caplog, monkeypatch):
+    monkeypatch.setattr(rp.log, "propagate", True)
+    longest = b"x" * (rp.KEY_BYTES - 2)
+    rows = [(None, 3, 3), (b"", 4, 4), (b"5", 1, 1), (b"6", 2, 1)]
+    rows += [(longest, 1, 1), (longest + b"y", 5, 5)]
     totals = rp.Totals()
-    found = list(rp.references(rows, "p/", totals, all_keys=False))
-    assert found == [rp.Reference("p/+", True), rp.Reference("p/5", True)]
-    assert totals.remaining == 1
+    found = references(rows, policy(prefix="p/"), totals)
+    assert found == [("p/5", 1, 1), (f"p/{longest.decode()}", 1, 1)]
+    assert (totals.jobs, totals.expired_jobs, totals.remaining) == (16, 3, 1)
     assert "12 jobs have no sourceData" in caplog.text
 
 
 def test_an_orphan_as_old_as_the_grace_period_stays():
     assert policy(7).reason(None, item("k", 7)) is None
     assert policy(7).reason(None, item("k", 7.001)) is rp.Reason.ORPHAN
+
+
+def test_an_object_called_like_the_prefix_is_nobody_s_data():
+    assert policy(7, prefix="p/").reason(None, item("p/", 99)) is None
+    assert policy(7, prefix="p/").reason(None, item("p/k", 99)) is rp.Reason.ORPHAN
+
+
+@pytest.mark.parametrize(
+    ("jobs", "expired", "of_expired", "of_orphan"),
+    [(None, None, False, True), (0, 0, False, False), (1, 0, False, False), (2, 1, False, False),
+     (2, 2, True, False)],
+)  # fmt: skip
+def test_the_re_check_lets_go_only_what_it_surely_may(jobs, expired, of_expired, of_orphan):
+    """An expired key needs jobs, all of them expired; an orphan must have none."""
+    found = None if jobs is None else rp.Reference("k", jobs, expired)
+    assert rp.may_go("expired", found) is of_expired
+    assert rp.may_go("orphan", found) is of_orphan
+
+
+# --- Keys -----------------------------------------------------------------------------------------
 
 
 @given(KEYS)
@@ -94,7 +136,6 @@ def test_seeking_just_before_a_plain_key_skips_its_neighbours(key):
     if rp.NOT_XML.search(key) or rp.NOT_XML.match(chr(max(ord(key[-1]) - 1, 0))):
         return
     neighbour = key[:-1] + rp.just_before(key)[len(key) - 1]
-    assert neighbour.encode() <= rp.just_before(key).encode()
     assert (neighbour + "z" * 50).encode() <= rp.just_before(key).encode()
 
 
@@ -102,59 +143,49 @@ def test_seeking_from_a_key_of_full_length_stays_within_the_limit_of_s3():
     assert len(rp.just_before("k" * rp.KEY_BYTES).encode()) <= rp.KEY_BYTES
 
 
-@given(st.lists(KEYS, unique=True, max_size=30))
-def test_every_candidate_is_in_one_batch_and_odd_keys_are_alone(keys):
-    candidates = [rp.Candidate(*item(key), rp.Reason.EXPIRED) for key in keys]
-    batches = list(rp.batches(candidates))
-    assert sorted(c.key for batch in batches for c in batch) == sorted(keys)
-    assert all(
-        len(batch) == 1 or not any(rp.NOT_XML.search(c.key) for c in batch) for batch in batches
-    )
-
-
-def test_a_batch_holds_what_one_request_may_carry():
-    candidates = [rp.Candidate(*item(f"{n:05}"), rp.Reason.EXPIRED) for n in range(2500)]
-    assert [len(batch) for batch in rp.batches(candidates)] == [1000, 1000, 500]
-
-
 @given(KEYS)
 def test_a_printed_key_is_one_line_and_unmistakable(key):
     printed = rp.printable(key)
     assert printed.splitlines() == [printed]
     assert "\t" not in printed
-    assert printed == key or __import__("json").loads(printed) == key
+    assert printed == key or json.loads(printed) == key
     assert printed != key or not key.startswith('"')
 
 
-def test_a_spool_gives_back_what_it_was_filled_with_to_several_readers_at_once():
-    records = [rp.Reference(f"{n:05}", n % 2 == 0) for n in range(2500)]
-    spool = rp.Spool(rp.Reference, iter(records))
-    first, second = iter(spool), iter(spool)
-    assert [next(first) for _ in range(1500)] == records[:1500]
-    assert list(second) == records
-    assert list(first) == records[1500:]
-    assert spool.count == 2500
+# --- Guards ---------------------------------------------------------------------------------------
 
 
-def refused(limits: rp.Limits, **seen: int) -> str:
-    planned = rp.Tally(expired=seen.pop("planned"))
-    return "; ".join(rp.refusals(rp.Totals(planned=planned, **seen), limits))
+def refused(
+    percent: float, limit: int | None = None, orphans: bool = False, rows: bool = False, **seen: int
+) -> str:
+    planned = rp.Tally(expired=seen.pop("planned", 0))
+    totals = rp.Totals(planned=planned, **seen)
+    return "; ".join(rp.refusals(totals, policy(7 if orphans else None, rows), limit, percent))
 
 
 def test_each_guard_speaks_for_itself():
-    half, all_ = rp.Limits(None, 50, orphans=False), rp.Limits(None, 100, orphans=True)
-    assert refused(half, planned=5, remaining=5) == ""
-    assert "6 of 11 keys" in refused(half, planned=6, remaining=5)
-    assert refused(half, planned=5, remaining=5, listed=5) == ""
-    orphans = rp.Limits(None, 50, orphans=True)
-    seen = {"remaining": 95, "listed_remaining": 1}
-    assert refused(orphans, planned=5, listed=10, **seen) == ""
-    assert "5 of 9 objects in the listing" in refused(orphans, planned=5, listed=9, **seen)
-    assert "none of the 3 keys" in refused(all_, planned=1, remaining=3, listed=9)
-    assert refused(all_, planned=1, remaining=3, listed=9, listed_remaining=1) == ""
-    assert refused(all_, planned=0, remaining=0, listed=0) == ""
-    assert refused(rp.Limits(0, 100, orphans=False), planned=0) == ""
-    assert "--max-objects 0" in refused(rp.Limits(0, 100, orphans=False), planned=1)
+    assert refused(50, planned=5, remaining=5) == ""
+    assert "6 of 11 keys" in refused(50, planned=6, remaining=5)
+    assert refused(50, planned=5, remaining=5, listed=5) == ""
+    seen = {"remaining": 95, "known": 1, "planned": 5}
+    assert refused(50, orphans=True, listed=10, **seen) == ""
+    assert "5 of 9 objects in the listing" in refused(50, orphans=True, listed=9, **seen)
+    assert refused(50, rows=True, expired_jobs=5, jobs=10) == ""
+    assert "6 of 11 job rows" in refused(50, rows=True, expired_jobs=6, jobs=11)
+    assert refused(50, expired_jobs=6, jobs=6) == ""
+    assert refused(100, limit=0) == ""
+    assert "--max-objects 0" in refused(100, limit=0, planned=1)
+    assert refused(0) == ""
+    assert "1 of 1000 keys that are planned" in refused(0, planned=1, remaining=999)
+
+
+def test_orphans_where_no_key_of_any_job_is_listed_are_refused():
+    assert "none of the 9 objects listed" in refused(100, orphans=True, listed=9, jobs=3)
+    assert "any of the 0 jobs" in refused(100, orphans=True, listed=9)
+    assert "any of the 3 jobs" in refused(100, orphans=True, jobs=3)
+    assert refused(100, orphans=True, listed=9, jobs=3, known=1) == ""
+    assert refused(100, orphans=True) == ""
+    assert refused(100, listed=9, jobs=3) == ""
 
 
 @pytest.mark.parametrize(
@@ -162,13 +193,12 @@ def test_each_guard_speaks_for_itself():
     [
         (0, 0, ""),
         (300, 0, ""),
-        (301, 0, "clock of the database is 301 seconds ahead of that of this host"),
+        (301, 1, "clock of the database is 301 seconds ahead of that of this host"),
         (0, -301, "clock of this host is 301 seconds ahead of that of S3"),
         (200, -200, "clock of the database is 400 seconds ahead of that of S3"),
     ],
 )
 def test_clocks_more_than_five_minutes_apart_are_refused(database, s3, refusal):
-    later = NOW + timedelta(seconds=database)
-    reasons = list(rp.clock_refusals(NOW, later, timedelta(seconds=s3)))
+    reasons = list(rp.clock_refusals(timedelta(seconds=database), timedelta(seconds=s3)))
     assert len(reasons) == bool(refusal)
     assert refusal in "".join(reasons)

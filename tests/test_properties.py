@@ -31,7 +31,7 @@ def test_the_model_is_the_policy():
         ("4", OLD, "OFFICIAL", "official"), ("5", None, "TRIAL", "open"), ("6", OLD, "TRIAL", ""),
         ("7", OLD, "TRIAL", "missing"),
     ]  # fmt: skip
-    young, old = dict.fromkeys(["p/young"], 1), dict.fromkeys(["p/orphan", "outside"], 7)
+    young, old = dict.fromkeys(["p/young"], 1), dict.fromkeys(["p/orphan", "p/", "outside"], 7)
     objects = dict.fromkeys(["p/gone", "p/shared", "p/official", "p/open", "gone"], 30)
     assert model.deletable(jobs, objects | young | old) == {"p/gone", "p/orphan"}
     assert model.rows_left(jobs) == {"3", "4", "5", "6"}

@@ -1,0 +1,61 @@
+"""A `Bucket` whose requests are answered in this process, just below botocore."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import boto3
+import s3_stub
+from botocore.awsrequest import AWSResponse
+
+import retention_purge as rp
+
+Answer = tuple[int, bytes]  # status and body
+
+
+class Body(io.BytesIO):
+    def stream(self, **_: Any) -> Iterable[bytes]:
+        return [self.read()]
+
+
+class LocalBucket(rp.Bucket):
+    """Answers are those of `s3_stub` over `keys`, changed by `after` (of the request's number,
+    beginning with 1, and the answer). Nothing is asked twice."""
+
+    def __init__(self, keys: Iterable[str] = (), prefix: str = "", workers: int = 2) -> None:
+        session = boto3.Session("key", "secret", region_name="eu-west-1")
+        super().__init__(session, rp.Report("purge", "bucket", prefix, "t"), workers, rp.Stop())
+        self.fill(keys, prefix, workers)
+
+    def fill(self, keys: Iterable[str] = (), prefix: str = "", workers: int = 2) -> LocalBucket:
+        """Begin anew: making one costs more than most tests."""
+        self.name, self.prefix, self.workers = "bucket", prefix, workers
+        self.store = s3_stub.Store()
+        self.store.keys = sorted(keys)
+        self.store.alive = bytearray(b"\1") * len(self.store.keys)
+        self.after: Callable[[int, Answer], Answer] = lambda number, answer: answer
+        self.asked: list[dict[str, str]] = []  # the query of each request
+        return self
+
+    def page(
+        self, after: str = "", limit: int = rp.PAGE, token: str | None = None, prefix: str = ""
+    ) -> rp.Page:
+        return super().page(after, min(limit, rp.PAGE), token, prefix)  # a test may patch PAGE
+
+    def _client(self, session: boto3.Session, timeout: int, attempts: int) -> Any:
+        client = super()._client(session, timeout, attempts=1)
+        client.meta.events.register("before-send.s3", self._answer)
+        return client
+
+    def _answer(self, request: Any, **_: Any) -> AWSResponse:
+        url = urlsplit(request.url)
+        query = dict(parse_qsl(url.query, keep_blank_values=True))
+        self.asked.append(query)
+        number, key = len(self.asked), unquote(url.path[1:])
+        method, body = request.method, request.body or b""
+        answer = s3_stub.operation(self.store, method, "bucket", key, query, body)[1]
+        status, content = self.after(number, answer)
+        return AWSResponse(request.url, status, {}, Body(content))
