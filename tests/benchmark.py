@@ -8,6 +8,8 @@
     3  listing: 1,000 expired keys among 100,000 and among 1,000,000 objects
     4  memory: peaks at 10,000 and at 1,000,000 keys
     5  start-up: --help beside the bare imports
+    6  full listing: 300,000 objects with --orphans, beside s5cmd ls; a clump of a million unknown
+       objects; a million long-missing expired keys over 100,000 objects
 
 The database is a private MariaDB as in the sandbox; the purge logs in to it with a password over
 loopback, without TLS. S3 is `s3_stub.py`. Competitors take turns, and medians are shown. `s5cmd`
@@ -42,9 +44,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import page
 import pymysql
 from pymysql.cursors import SSCursor
-from sandbox import HERE, MariaDB, mariadb
+from sandbox import HERE, Server, mariadb
 
 sys.path.insert(0, str(HERE.parent))
 import retention_purge as rp
@@ -166,7 +169,7 @@ class Stub:
 
 @dataclass(frozen=True)
 class World:
-    database: MariaDB
+    database: Server
     stub: Stub
     launcher: Launcher
     home: Path
@@ -261,6 +264,15 @@ def in_turns(ways: Mapping[str, Callable[[], Run]], times: int) -> dict[str, lis
     return runs
 
 
+SAID: list[str] = []
+
+
+def say(line: str) -> None:
+    """Print it, and keep it for the page."""
+    print(line, flush=True)
+    SAID.append(line)
+
+
 def median(runs: list[Run], what: str = "seconds") -> float:
     return float(statistics.median(getattr(run, what) for run in runs))
 
@@ -268,11 +280,10 @@ def median(runs: list[Run], what: str = "seconds") -> float:
 def table(title: str, head: list[str], rows: list[list[str]]) -> None:
     """Print it aligned: the first column to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    print(f"\n{title}")
+    say(f"\n{title}")
     for row in [head, *rows]:
         cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        print("  " + "  ".join(cells).rstrip())
-    sys.stdout.flush()
+        say("  " + "  ".join(cells).rstrip())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,9 +316,9 @@ BY_HAND = {
 
 
 def login(place: World) -> pymysql.Connection[Any]:
-    os.environ[rp.PASSWORD_VARIABLE] = PASSWORD
-    server = rp.Server("127.0.0.1", place.database.port, USER, DATABASE, None, str)
-    return rp.connect(server, rp.PLAN_TIMEOUT)
+    connection = rp.connect("127.0.0.1", place.database.port, USER, DATABASE, lambda: PASSWORD, {})
+    connection._read_timeout = rp.PLAN_TIMEOUT  # type: ignore[attr-defined]
+    return connection
 
 
 def read_by_script(place: World) -> tuple[float, int]:
@@ -315,11 +326,10 @@ def read_by_script(place: World) -> tuple[float, int]:
     with closing(login(place)) as connection:
         jobs = rp.JobTable(connection, (DATABASE, "jobs"), CUTOFF)
         start = time.perf_counter()
-        rows = rp.watched(jobs.names(), "reading references")
-        names = rp.Spool(rp.Reference, rp.references(rows, "", rp.Totals(), all_keys=False))
+        rows = rp.read_references(jobs, rp.Policy(CUTOFF), rp.Totals())
+        names = rp.Spool(rp.Reference, rp.watched(rows, "reading references"))
         seconds = time.perf_counter() - start
-    with closing(names):
-        return seconds, sum(reference.expired for reference in names)
+    return seconds, len(names)
 
 
 def read_by_hand(place: World, sql: str) -> tuple[float, int]:
@@ -522,7 +532,54 @@ def part_5(place: World) -> None:
     table("5. Start-up", ["", "seconds", "ratio"], rows)
 
 
-PARTS = {1: part_1, 2: part_2, 3: part_3, 4: part_4, 5: part_5}
+def part_6(place: World) -> None:
+    """Full listings by parts, and what the table knows badly."""
+    requests: dict[str, int] = {}
+
+    def dry_run(name: str, *arguments: str) -> Run:
+        before = place.stub.counters().get("list", 0)
+        result = place.purge("--dry-run", "--orphan-grace-days", "36500", *arguments)
+        requests[name] = place.stub.counters().get("list", 0) - before
+        return result
+
+    objects = 30_000 if place.quick else 300_000
+    place.stub.fill(objects)
+    # 90 % of the objects are referenced, by three jobs each; every tenth is not.
+    place.jobs(objects, 3 * objects, "k % 9 = 0")
+    place.execute("DELETE FROM jobs WHERE sourceData LIKE '%7'")
+    ways = {"retention_purge --orphans": lambda: dry_run("retention_purge --orphans", "--orphans")}
+    s5cmd = program("s5cmd")
+    if s5cmd:
+        command = [s5cmd, "ls", f"s3://{BUCKET}/*"]
+        ways["s5cmd ls"] = lambda: place.launcher.run(command, place.environment)
+    own = "retention_purge --orphans"
+    compare(place, f"6. Dry run over {objects:,} objects, 90 % referenced, 30 ms", ways, own)
+    say(f"  LIST requests: {requests[own]:,}")
+
+    clump = 100_000 if place.quick else 1_000_000
+    place.stub.fill(clump, latency=0.005)
+    place.jobs(1_000, 3_000, "TRUE")
+    first = dry_run("clump", "--orphans")
+    place.stub.fill(clump // 10)
+    place.jobs(clump, clump, "TRUE")
+    place.execute("UPDATE jobs SET sourceData = CONCAT(sourceData, '-gone')")
+    missing = dry_run("missing")
+    rows = [
+        [
+            f"{clump:,} objects behind the last reference",
+            f"{requests['clump']:,}",
+            f"{first.peak:.1f}",
+        ],
+        [
+            f"{clump:,} missing keys, {clump // 10:,} objects",
+            f"{requests['missing']:,}",
+            f"{missing.peak:.1f}",
+        ],
+    ]
+    table("6. What the table knows badly", ["", "LIST", "MB"], rows)
+
+
+PARTS = {1: part_1, 2: part_2, 3: part_3, 4: part_4, 5: part_5, 6: part_6}
 
 
 def machine(place: World) -> str:
@@ -544,13 +601,16 @@ def main() -> int:
     )
     parser.add_argument("--only", type=int, choices=PARTS, action="append", help="this part")
     parser.add_argument("--quick", action="store_true", help="a small version, in a minute")
+    parser.add_argument("--write", action="store_true", help="put it into MEASURED.md")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with world(options.quick) as place:
-            print(machine(place))
+            say(machine(place))
             for part in options.only or PARTS:
                 PARTS[part](place)
+        if options.write:
+            page.write("benchmark", "```\n" + "\n".join(SAID) + "\n```")
     except KeyboardInterrupt:
         return 130
     return 0

@@ -17,92 +17,101 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What is broken, the code, what becomes of it, the tests that must fail (pytest's -k).
+# What is broken, the code, what becomes of it, the file and the tests that must fail (pytest's -k).
 MUTANTS = [
     # The policy
-    ("a job at the cutoff expires", "`completedAt` < '{moment}'", "`completedAt` <= '{moment}'", "surely_expired"),
-    ("zero dates expire", "`completedAt` >= '{FIRST_TIMESTAMP}' AND ", "", "surely_expired"),
-    ("type by collation", "{text_bytes('`type`')} = 'TRIAL'", "`type` = 'TRIAL'", "surely_expired"),
-    ("NULL is expired", " IS TRUE)\"", " IS NOT FALSE)\"", "surely_expired"),
-    ("any expired job will do", "IF(MIN(", "IF(MAX(", "surely_expired"),
-    ("grace period ignored", "found.last_modified < self.orphans_before", "True", "orphan"),
-    ("grace at the edge", "found.last_modified < self", "found.last_modified <= self", "grace"),
-    ("orphans unasked", "if self.orphans_before is not None and found", "if found", "key_by_key"),
-    ("remaining keys planned", "return Reason.EXPIRED if reference.expired else None", "return Reason.EXPIRED", "seed"),
-    # Comparison of keys
-    ("names by collation", "CAST(CONVERT({column} USING utf8mb4) AS BINARY)", "CONVERT({column} USING utf8mb4)", "collation"),
-    ("names stripped", "name.decode(), expired", "name.decode().strip(), expired", "collation or lead"),
-    ("re-check in the server's terms", "CONVERT(%s USING {self._charset}) COLLATE {self._collation}", "%s", "re_check_finds"),
-    ("prefix forgotten in the re-check", "item.key[start:] for item", "item.key for item", "under_a_prefix"),
-    ("listing not decoded", "unquote_plus, errors", "str, errors", "all_sorts"),
-    ("order not checked", "if last is not None and item.key <= last", "if False", "out_of_order"),
-    ("order of a page not checked", "if key <= last:\n                raise out_of_order(LISTING", "if False:\n                raise out_of_order(LISTING", "page_out_of_order"),
-    ("prefix of a listing not checked", "if not key.startswith(self.prefix)", "if False", "outside_the_prefix"),
-    # Silence
-    ("KeyCount not checked", "if any(len(column) != count for column in columns) or", "if", "no_listing"),
-    ("objects not counted", " or body.count(b\"<Contents>\") != count:", ":", "no_listing"),
-    ("end of a listing not looked at", "if not frame.rstrip().endswith(", "if False and frame.rstrip().endswith(", "cut"),
-    ("wrong objects of a page", "[key in wanted for key in self.keys]", "[key not in wanted for key in self.keys]", "as_it_was_written"),
-    ("root element not checked", "if root_tag not in tag:", "if False:", "no_listing or answered_by_nothing"),
-    ("silence is success", 'Verdict(item.key, "NoAnswer", silent)', "Verdict(item.key)", "answered_by_nothing"),
-    ("any status deletes", "if status != 204:", "if False:", "single_delete_counts"),
-    ("replies to other buckets", "if page.bucket != self.name and", "if False and", "another_bucket"),
-    # Guards
-    ("--max-objects off by one", "planned > limits.max_objects", "planned > limits.max_objects + 1", "guard"),
-    ("--max-percent of the wrong whole", "planned + totals.remaining, ", "totals.listed + totals.remaining + planned, ", "guard"),
-    ("--max-percent lets NaN pass", "if not planned <= whole * limits.max_percent / 100:", "if planned > whole * limits.max_percent / 100:", "guard"),
-    ("--max-percent not of the listing", "if limits.orphans:\n        shares", "if False:\n        shares", "speaks_for_itself"),
-    ("a strange listing is accepted", "if limits.orphans and totals.remaining and not", "if False and not", "no_remaining_key"),
-    ("clocks not compared", "if apart > MAX_SKEW:", "if False:", "clock_that_is_off"),
-    ("--as-of in the future", "if self.as_of is not None and self.as_of > now:", "if False:", "guard"),
-    ("guards after the delete", "        if reasons:\n            raise Refused", "        if False:\n            raise Refused", "guard"),
-    # Re-check, lock, session
-    ("no re-check", "if item.key in used:\n", "if False:\n", "inserted_after"),
-    ("retained and deleted", "item for item in batch.candidates if item.key not in used", "item for item in batch.candidates", "inserted_after"),
-    ("orphans re-checked like expired keys", "name in found if item.reason is Reason.ORPHAN else found.get(name)", "found.get(name)", "took_in_since"),
-    ("expired jobs not asked for", "by_any=orphans", "by_any=False", "took_in_since"),
-    ("re-check for expired jobs alone", "f'AND NOT {self._expired}'} GROUP", "f'AND {self._expired}'} GROUP", "inserted_after"),
-    ("one expired job is enough", "MAX(NOT {self._expired})", "MIN(NOT {self._expired})", "re_check_finds"),
-    ("re-check by collation", "if found in asked}", "}", "re_check_finds"),
-    ("re-check of odd characters by index", "self._charset in ROUND_TRIP_CHARSETS and self._is_indexed()", "self._is_indexed()", "re_check_finds"),
-    ("remaining keys out of order", "        if name <= last:\n", "        if False:\n", "out_of_order"),
-    ("remaining keys forgotten by orphans", "all_keys = options.orphans or options.delete_jobs", "all_keys = options.delete_jobs", "orphans"),
-    ("remaining keys forgotten by rows", "all_keys = options.orphans or options.delete_jobs", "all_keys = options.orphans", "rows or delete_jobs"),
-    ("no re-check of a retry", "            used = self._in_use([item for batch in chunk for item in batch.candidates])", "            used = self._in_use([item for batch in chunk for item in batch.candidates if not batch.tries])", "checked_again"),
-    ("no lock", "if not got:", "if False:", "two_runs"),
-    ("lock on the bucket alone", "json.dumps([bucket, prefix, table])", "json.dumps([bucket])", "another_prefix"),
-    ("replica accepted", "if any(query(connection, doing", "if False and any(query(connection, doing", "replica"),
-    ("server's row limit", "sql_select_limit = 18446744073709551615, ", "", "row_limit"),
-    ("server's SQL mode", "sql_mode = '', ", "", "sql_mode"),
-    ("server's isolation level", "ISOLATION LEVEL REPEATABLE READ", "ISOLATION LEVEL READ UNCOMMITTED", "still_open"),
-    ("session's time zone", "SET time_zone = '+00:00', ", "SET ", "time_zone"),
-    ("range of the re-check", "(min(names), max(names))", "(min(names), min(names))", "inserted_after or took_in"),
-    # TLS
-    ("certificate not verified", '"ssl_verify_identity": True', '"ssl_verify_identity": False', "secret"),
-    ("no CA needed", "needed=password is None or not is_loopback(server.host)", "needed=False", "loopback_only or without_a_ca"),
+    ("a job at the cutoff expires", "`completedAt` < '{moment}'", "`completedAt` <= '{moment}'", "database", "surely_expired"),
+    ("zero dates expire", "`completedAt` >= '{FIRST_TIMESTAMP}' AND ", "", "database", "surely_expired"),
+    ("type by collation", "{text_bytes('`type`')} = 'TRIAL'", "`type` = 'TRIAL'", "database", "surely_expired"),
+    ("NULL is expired", " IS TRUE)\"", " IS NOT FALSE)\"", "database", "surely_expired"),
+    ("one expired job is enough", "            if reference.expired < reference.jobs:\n", "            if False:\n", "policy", "key_by_key"),
+    ("remaining keys planned", "            if not reference.expired:\n", "            if False:\n", "policy", "key_by_key"),
+    ("orphans unasked", "or self.orphans_before is None or", "or", "policy", "key_by_key"),
+    ("grace at the edge", "modified < self.orphans_before", "modified <= self.orphans_before", "policy", "grace"),
+    ("a folder object is an orphan", "or found.key == self.prefix:", "or False:", "slips", "folder or prefix"),
+    ("lookalikes are orphans", "return not jobs.can_hold(name) or any(others)", "return False", "slips", "normalis or longer or hold or orphan"),
+    ("names by collation", "CAST(CONVERT({column} USING utf8mb4) AS BINARY)", "CONVERT({column} USING utf8mb4)", "database", "collation"),
+    # The listing
+    ("order of a page", "            if key <= last:\n                raise out_of_order(\"bucket's listing\", key, last)\n        foreign", "            if False:\n                raise out_of_order(\"bucket's listing\", key, last)\n        foreign", "listing", "at_any_request"),
+    ("order above the place asked for", "zip([after, *page.keys], page.keys", "zip([\"\", *page.keys], page.keys", "listing", "always"),
+    ("order in the merge", "        if item.key <= last:", "        if False:", "policy", "out_of_order"),
+    ("order of the references", "        if key <= last:\n            raise out_of_order(\"list", "        if False:\n            raise out_of_order(\"list", "policy", "out_of_order"),
+    ("prefix of a page", "if not key.startswith(self.prefix)]", "if False]", "listing", "at_any_request"),
+    ("bucket of a page", "if page.bucket != self.name and", "if False and", "listing", "another_bucket or at_any"),
+    ("page of another part", "if page.asked and asked not in page.asked:", "if False:", "listing", "at_any_request or must_be"),
+    ("KeyCount", "if any(len(column) != count for column in columns) or", "if", "listing", "no_listing"),
+    ("Contents counted", "or body.count(\"<Contents>\") != count", "", "listing", "no_listing"),
+    ("end of an answer", "if not root[2] and not body.rstrip()", "if False and not body.rstrip()", "listing", "cut"),
+    ("root of an answer", "if not root or wanted not in root[1]:", "if False:", "deletes", "another_kind"),
+    ("keys not decoded", "unquote_plus(k, errors=\"strict\") if", "k if", "deletes", "all_sorts"),
+    ("low end of a part", "first = bisect_right(page.keys, low)", "first = 0", "listing", "odd_keys or however"),
+    ("high end of a part", "upto = len(page.keys) if high is None else bisect_right(page.keys, high)", "upto = len(page.keys)", "listing", "however"),
+    ("page without keys", "            if page.keys or page.token is None:\n                return page", "            if True:\n                return page", "listing", "followed"),
+    ("token forgotten", "after, token = page.keys[-1], page.token", "after, token = page.keys[-1], None", "listing", "however or bounds or expired_keys"),
+    ("never dense", "limit = SEEK if density_of(page, references, start) < SPARSE else PAGE", "limit = SEEK", "listing", "densely"),
+    # The re-check
+    ("no re-check", "            if not may_go(item.reason, reference):\n", "            if False:\n", "rounds", "once"),
+    ("vanished rows may go", "return found is not None and found.expired == found.jobs > 0", "return found is None or found.expired == found.jobs > 0", "rounds", "ends"),
+    ("orphans like expired keys", "        return found is None\n    return found is not", "        return found is None or found.expired == found.jobs\n    return found is not", "rounds", "ends"),
+    ("a lost key is retained", "if tried is not None and tried.lost:", "if False:", "rounds", "ends"),
+    ("prefix in the re-check", "found.get(item.key[start:])", "found.get(item.key)", "rounds", "ends"),
+    ("age of the re-check", "if age > MAX_RECHECK_AGE:", "if False:", "deletes", "leaves_only"),
+    ("re-check in the server's terms", "CONVERT(%s USING {self._charset}) COLLATE {self._collation}", "%s", "database", "re_check or index"),
+    ("a lost lock", "                    self._jobs.ping()  # the lock may be lost\n", "                    pass\n", "lock", "lost_lock"),
     # Accounting
-    ("failed keys forgotten", "            else:\n                self._ledger.failed(item, verdict)", "            else:\n                pass", "refuses or answered_by_nothing"),
-    ("failures exit with 0", "return 4 if self.failed else 0", "return 0", "refuses"),
-    ("a retry too few", "batch.tries < ATTEMPTS", "batch.tries < ATTEMPTS - 3", "tried_again or sent_again"),
-    ("rest of a stopped run uncounted", "for batch in chain(self._retries, self._checked, source):", "for batch in chain(self._retries, self._checked):", "whole_request or in_flight"),
-    ("in flight uncounted", "            self._settle(ALL_COMPLETED)\n        unsent", "            pass\n        unsent", "in_flight"),
-    ("counted twice", "        batch.candidates = [item for item in batch.candidates if item not in gone]", "        pass", "lost"),
-    ("markers not looked for", 'if not batch.tries or self._ledger.report.versioning != "enabled":', "if True:", "lost"),
-    # Audit log, undo, rows
-    ("intent after the request", "                    self._ledger.intend(self._checked[0].candidates)\n", "", "intent_is_on_disk or whole_run"),
-    ("a broken log is ignored", "        if self._broken is not None:\n            reason", "        if False:\n            reason", "full_disk"),
-    ("undo of data versions", "if item.version_id in markers:", "if True:", "no_delete_marker"),
-    ("undo of another bucket", 'if event["bucket"] != bucket:', "if False:", "not_its_log"),
-    ("rows of present objects", "            elif found is None:\n", "            else:\n", "failed_and_retained"),
-    ("rows that changed", "AND {self._expired} \"\n                f\"AND (", "\"\n                f\"AND (", "row_that_changed"),
-    ("dry run deletes", "        if not options.dry_run:\n            ledger.open", "        if True:\n            ledger.open", "dry_run"),
-    ("signals ignored", "            self._stop.check()\n            self._drop_stale", "            self._drop_stale", "in_flight_finish"),
-    ("rate ignored", "        if self._rate:\n", "        if False:\n", "rate"),
-    ("manifest of raw keys", "{quote(item.key)}", "{item.key}", "manifest"),
+    ("503 may have an effect", "tried.lost |= verdict.code in DOUBTFUL", "tried.lost = verdict.code in DOUBTFUL", "rounds", "how_a_key"),
+    ("in flight uncounted", "            while self._in_flight:\n                with suppress", "            while False:\n                with suppress", "rounds", "once"),
+    ("a second marker", "            if versions and versions[0].hides_since", "            if False and versions[0].hides_since", "rounds", "once"),
+    ("silence is success", "silence = Verdict(\"NoAnswer\", \"S3's answer does not mention the key\")", "silence = Verdict()", "deletes", "answer_says_so or order_of"),
+    ("any status deletes", "if status != 204:", "if False:", "deletes", "status_that"),
+    ("failures exit with 0", "4 if self.failed else 0", "0", "deletes", "refuses or answer_says_so"),
+    ("rate ignored", "        if self.rate:\n", "        if False:\n", "rounds", "rate"),
+    ("signals ignored", "    def check(self) -> None:\n        if self.received:", "    def check(self) -> None:\n        if False:", "signals", "in_flight"),
+    ("nohup ignored", " if signal.getsignal(each) is not signal.SIG_IGN]", "]", "signals", "nohup or ignored"),
+    # Audit log, rows, undo
+    ("intent after the request", "        self._ledger.intend(items)\n", "", "rounds", "once"),
+    ("a broken log is ignored", "            raise PurgeError(reason) from error\n\n    def plan", "\n    def plan", "audit_log", "full or broken"),
+    ("rows of retained keys", "names |= {key[start:] for key in self._gone}", "names |= {item.key[start:] for item in items}", "rounds", "once"),
+    ("shared keys not asked again", "if item.expired < item.jobs}", "}", "rounds", "once"),
+    ("rows without the condition", "WHERE `jobId` IN ({ids}) AND {self._expired} ", "WHERE `jobId` IN ({ids}) ", "job_rows", "changed"),
+    ("rows without the bytes", "f\"AND ({text_bytes('`jobId`')}, {NAME}) IN ({pairs})\"", "\"\"", "job_rows", "changed or equates"),
+    ("row intents", "                self._ledger.write(\"delete-job\", facts, sync=True)\n", "", "job_rows", "on_record"),
+    ("rows wait for ever", "innodb_lock_wait_timeout = {LOCK_TIMEOUT}", "innodb_lock_wait_timeout = 60", "job_rows", "another_transaction"),
+    ("undo of a marker not ours", "(marker or not latest.hides_since(since))", "False", "undo", "somebody or foreign or marker or older"),
+    ("undo of answers alone", "elif latest.version_id != marker and (marker or not", "elif latest.version_id != marker and (True or not", "undo", "kill or crash or lost or answer"),
+    ("undo without a version below", "elif latest is None or below is None or below.is_marker:", "elif latest is None:", "undo", "below"),
+    ("undo of another bucket", "    if place != (bucket,):\n", "    if False:\n", "undo", "bucket or not_its_log or log"),
+    # Guards
+    ("--max-objects off by one", "planned > max_objects", "planned > max_objects + 1", "guards", "guard"),
+    ("--max-percent", "part > whole * max_percent / 100", "part >= whole * max_percent / 100", "policy", "guard"),
+    ("--max-percent of the rows", "* policy.rows\n", "* False\n", "slips", "rows or years or percent"),
+    ("wrong place", "if totals.expired and totals.missing == totals.expired and not totals.known:", "if False:", "slips", "prefix or bucket or place"),
+    ("foreign table with --orphans", "    if orphans and not totals.known and (totals.listed or totals.jobs):", "    if False:", "slips", "orphans or table or empty"),
+    ("no right to DELETE", "if error.code == \"1142\":", "if False:", "slips", "grant or DELETE or right"),
+    ("unknown variables", "        if name not in known:\n", "        if False:\n", "slips", "variable or RETENTION"),
+    ("empty variables", "        if not os.environ[name].strip():\n", "        if False:\n", "slips", "variable or RETENTION"),
+    ("clocks", "if ahead - behind > MAX_SKEW:", "if False:", "policy", "clocks"),
+    ("--as-of in the future", "    if as_of > now:\n", "    if False:\n", "guards", "guard"),
+    ("no lock", "    if not got:", "    if False:", "lock", "two_runs"),
+    ("lock on the bucket alone", "json.dumps([bucket, prefix, table])", "json.dumps([bucket])", "lock", "another_prefix"),
+    ("replica accepted", "    if any(query(connection, doing", "    if False and any(query(connection, doing", "database", "replica"),
+    # The session, TLS, the rest
+    ("server's row limit", "sql_select_limit = 18446744073709551615, ", "", "database", "row_limit"),
+    ("server's SQL mode", "sql_mode = '', ", "", "database", "sql_mode"),
+    ("server's sort length", "max_sort_length = 8192, ", "", "database", "sort"),
+    ("server's isolation level", "ISOLATION LEVEL REPEATABLE READ", "ISOLATION LEVEL READ UNCOMMITTED", "database", "still_open"),
+    ("session's time zone", "SET time_zone = '+00:00', ", "SET ", "database", "time_zone"),
+    ("certificate not verified", "\"ssl_verify_identity\": True", "\"ssl_verify_identity\": False", "database", "secret"),
+    ("no CA needed", "    if bundle is None and local:\n", "    if bundle is None:\n", "database", "loopback_only or without_a_ca"),
+    ("a dry run deletes", "    if not given[\"dry_run\"]:\n        stop.note()\n", "    if True:\n        stop.note()\n", "seed", "dry_run"),
+    ("a dry run has a log", "    if given[\"audit_log\"] and not given[\"dry_run\"]:", "    if given[\"audit_log\"]:", "audit_log", "dry_run"),
+    ("spool's slices", "rowid > ? AND rowid <= ?", "rowid >= ? AND rowid <= ?", "spool", "slices"),
+    ("manifest of raw keys", "{quote(item.key)}", "{item.key}", "output", "manifest_is"),
+    ("hooks that do not fire", "register(\"before-send.s3\"", "register(\"before-sent.s3\"", "hooks", ""),
 ]  # fmt: skip
 
 
-def survives(old: str, new: str, tests: str) -> str | None:
+def survives(old: str, new: str, file: str, tests: str) -> str | None:
     """None if a test catches the mutant, else why not."""
     source = (ROOT / "retention_purge.py").read_text()
     if old not in source:
@@ -110,18 +119,23 @@ def survives(old: str, new: str, tests: str) -> str | None:
     with tempfile.TemporaryDirectory(prefix="purge-mutant-") as place:
         copy = Path(place)
         shutil.copytree(ROOT / "tests", copy / "tests")
-        for name in ("README.md", "rds-ca-bundle.pem.example"):
+        for name in ("README.md", "requirements.txt", "rds-ca-bundle.pem.example"):
             shutil.copy(ROOT / name, copy)
+        if (ROOT / ".mysql").exists():
+            (copy / ".mysql").symlink_to(ROOT / ".mysql")
         (copy / "retention_purge.py").write_text(source.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests"]
-        done = subprocess.run(
-            [*command, "-k", tests],
-            cwd=copy,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout=120"]
+        try:
+            done = subprocess.run(
+                [*command, f"tests/test_{file}.py", "-k", tests],
+                cwd=copy,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return None  # it goes on for ever, which is noticed
     return {0: "SURVIVED", 1: None}.get(done.returncode, f"pytest ended with {done.returncode}")
 
 
@@ -130,9 +144,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose name has this text")
     only = parser.parse_args().only
     failures = 0
-    for name, old, new, tests in MUTANTS:
+    for name, *mutant in MUTANTS:
         if only in name:
-            problem = survives(old, new, tests)
+            problem = survives(*mutant)
             failures += problem is not None
             print(f"{problem or 'caught':10} {name}", flush=True)
     print(f"{failures} not caught")
