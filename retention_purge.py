@@ -1593,10 +1593,8 @@ class Rounds:
             yield items
 
     def _round(self, items: list[Candidate]) -> None:
-        self._pending, self._gone = (
-            {item: None for item in items if item.reason in OF_OBJECTS},
-            set(),
-        )
+        self._pending = {item: None for item in items if item.reason in OF_OBJECTS}
+        self._gone = set()
         try:
             while self._pending:
                 self._attempt()
