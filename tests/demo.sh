@@ -7,7 +7,7 @@ if [ -z "${DEMO_IN_SANDBOX:-}" ]; then
     cd "$root" || exit 1
     export DEMO_IN_SANDBOX=1
     # The sandbox starts the servers, runs this script again inside, and stops them.
-    exec "$python" tests/sandbox.py sh tests/demo.sh
+    exec "$python" tests/world/sandbox.py sh tests/demo.sh
 fi
 
 say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
@@ -32,6 +32,6 @@ purge --dry-run
 say "The purge."
 purge
 say "What is left in the bucket."
-run python tests/sandbox.py --list
+run python tests/world/sandbox.py --list
 say "The same again: nothing to do."
 purge --quiet

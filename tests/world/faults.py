@@ -36,9 +36,9 @@ import pymysql
 from proxies import RESET, Answer, Request, S3Proxy, TcpProxy
 from sandbox import DATABASE, Sandbox
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "retention_purge.py"
-ZYGOTE = ROOT / "tests" / "zygote.py"
+ZYGOTE = Path(__file__).with_name("zygote.py")
 USER, PASSWORD = "faults", "of-the-sandbox"
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 ElementTree.register_namespace("", NAMESPACE)

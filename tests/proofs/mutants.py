@@ -1,6 +1,6 @@
 """Break the script on purpose, one rule at a time, and see that a test notices.
 
-    .venv/bin/python tests/mutants.py [--only TEXT]
+    .venv/bin/python tests/proofs/mutants.py [--only TEXT]
 
 Each mutant is one replacement in `retention_purge.py`, made in a copy of the project, and the tests
 that must catch it. Prints a line for each; exits with 1 if one survives, or no longer applies.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What is broken, the code, what becomes of it, the file and the tests that must fail (pytest's -k).
 MUTANTS = [
@@ -127,7 +127,7 @@ def survives(old: str, new: str, file: str, tests: str) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout=120"]
         try:
             done = subprocess.run(
-                [*command, f"tests/test_{file}.py", "-k", tests],
+                [*command, f"tests/cases/test_{file}.py", "-k", tests],
                 cwd=copy,
                 capture_output=True,
                 text=True,

@@ -28,7 +28,7 @@ from typing import Any
 
 from botocore.signers import RequestSigner
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import retention_purge as rp
 

@@ -1,6 +1,6 @@
 """A fast stand-in for S3, for benchmarks: it answers at once, or after a set latency.
 
-    python tests/s3_stub.py
+    python tests/world/s3_stub.py
 
 prints its URL on one line and serves one bucket, of any name, on 127.0.0.1 until its standard
 input ends. Keys are kept in a sorted list, made from a pattern; there are no bodies, no signatures

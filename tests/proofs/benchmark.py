@@ -1,6 +1,6 @@
 """How fast, how large, how dear: the purge beside other ways to do its work, on this machine.
 
-    .venv/bin/python tests/benchmark.py [--only PART ...] [--quick]
+    .venv/bin/python tests/proofs/benchmark.py [--only PART ...] [--quick]
 
     1  references: the job table's grouped query, beside NOT EXISTS and the best query by hand
     2  purge: 50,000 of 50,000 keys, and 5,000 scattered over 100,000, beside s5cmd, rclone and
@@ -47,12 +47,14 @@ import boto3
 import page
 import pymysql
 from pymysql.cursors import SSCursor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "world"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sandbox import HERE, Server, mariadb
 
-sys.path.insert(0, str(HERE.parent))
 import retention_purge as rp
 
-SCRIPT = HERE.parent / "retention_purge.py"
+SCRIPT = HERE.parent.parent / "retention_purge.py"
 DATABASE, USER, PASSWORD = "ndvr", "bench", "bench"
 BUCKET = "bench"
 KEY = "incoming_%09d"

@@ -1,7 +1,7 @@
 """A throwaway copy of the world that the purge works in: MariaDB with IAM login over TLS, and S3.
 
-    python tests/sandbox.py COMMAND [ARGUMENT ...]
-    python tests/sandbox.py --list
+    python tests/world/sandbox.py COMMAND [ARGUMENT ...]
+    python tests/world/sandbox.py --list
 
 starts both servers, loads the original system's 50 jobs and 48 objects, runs the command with the
 environment that leads it there, stops everything, and exits with the command's code. `--list`,
@@ -46,7 +46,7 @@ from moto.s3.models import FakeKey, s3_backends
 from moto.server import ThreadedMotoServer
 
 HERE = Path(__file__).resolve().parent
-MYSQL = HERE.parent / ".mysql"
+MYSQL = HERE.parent.parent / ".mysql"
 REGION = "eu-west-1"
 BUCKET = "incoming-data"
 DATABASE = "ndvr"

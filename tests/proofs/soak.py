@@ -1,6 +1,6 @@
 """Random schedules without end in sight: as many as you like, each from a seed of its own.
 
-    .venv/bin/python tests/soak.py --schedules 1000 --seed 1 [--jobs 2] [--mysql]
+    .venv/bin/python tests/proofs/soak.py --schedules 1000 --seed 1 [--jobs 2] [--mysql]
 
 plays the schedules of seeds 1 to 1000, in two sandboxes at the same time, of MariaDB or MySQL. Each
 failure is printed with its seed; `--schedules 1 --seed N` plays that one alone. Ends with a table
@@ -18,7 +18,9 @@ import sys
 import time
 import traceback
 from collections import Counter
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "world"))
 import page
 from faults import table_of
 from sandbox import mysql_sandbox, sandbox
@@ -66,7 +68,9 @@ def main() -> int:
             injected += counts
             if trouble:
                 failed.append(seed)
-                print(f"\nSEED {seed} FAILED; alone: tests/soak.py --schedules 1 --seed {seed}")
+                print(
+                    f"\nSEED {seed} FAILED; alone: tests/proofs/soak.py --schedules 1 --seed {seed}"
+                )
                 print(trouble, flush=True)
             if number % 50 == 0:
                 spent = time.monotonic() - started

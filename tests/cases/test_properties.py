@@ -2,9 +2,9 @@
 
 Seeds 1 to 40; SCHEDULES and SEED in the environment choose others, as in
 
-    SEED=1234 SCHEDULES=1 .venv/bin/python -m pytest tests/test_properties.py
+    SEED=1234 SCHEDULES=1 .venv/bin/python -m pytest tests/cases/test_properties.py
 
-and `tests/soak.py` plays them by the thousand.
+and `tests/proofs/soak.py` plays them by the thousand.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The same faults of S3 on other tools that delete: what each says, and what is gone.
 
-    PATH=$PATH:WHERE_THEY_ARE .venv/bin/python tests/compare_faults.py
+    PATH=$PATH:WHERE_THEY_ARE .venv/bin/python tests/proofs/compare_faults.py
 
 gives `retention_purge.py`, and of `s5cmd rm`, `rclone delete` and `s3cmd del` those in PATH, a
 bucket of 12 objects to delete, through each fault, and prints a Markdown table. Each cell: the exit
@@ -15,9 +15,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "world"))
 from faults import S3_FAULTS, Answer, Forward, Scene, error, keys_of
 from proxies import Request
 from sandbox import BUCKET, sandbox
