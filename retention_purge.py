@@ -14,32 +14,30 @@ Deleted are the objects of expired keys and, if asked for, orphans and the rows 
 Everything else stays, for ever. Keys are compared as bytes, the way S3 compares them, whatever the
 collation of the table says. Whatever cannot be read whole is an error, never "nothing there".
 
-The run, in order; any error before step 6 ends it with nothing deleted:
+The run, in order; any error before step 5 ends it with nothing deleted:
 
     1. a real run takes a lock against other runs; a dry run cannot write anywhere
     2. the job table, grouped by key and sorted by its bytes, is read at once into a spool file
-    3. the bucket's listing, which S3 sorts by the same bytes, is merged with it
-    4. the merge writes the plan, a second spool file
-    5. guards may refuse the plan; a dry run prints it and ends
-    6. round by round: ask the table again whether the keys may still go, write them to the audit
+    3. the bucket's listing, which S3 sorts by the same bytes, is merged with it into the plan
+    4. guards may refuse the plan; a dry run prints it and ends
+    5. round by round: ask the table again whether the keys may still go, write them to the audit
        log, delete them, account for every single one, then delete the job rows if asked for
 
-The way of a key, in file order: Reference (what the table says of it) -> outer_join ->
-Policy.reason -> Candidate in the plan -> refusals -> Bucket._leave (the age of its re-check, as the
-signed request leaves) -> Bucket.delete -> Ledger.deleted; in between, Rounds: _recheck (may_go) ->
-_send (intent, request) -> _settle. Of the cutoff: Policy -> expired_sql -> JobTable, the same text
-in each statement. Of a Ctrl-C: Stop -> Interrupted, at once while the run only reads, else before
-the next request -> Rounds._round accounts for what is in flight -> main -> Ledger.end -> exit 130.
+The way of a key, in file order: Reference -> outer_join -> Policy.reason -> Candidate -> refusals
+-> Bucket._leave (how old is its re-check?) -> Ledger; in between Rounds: _recheck (may_go), _send
+(intent, request), _settle. Of the cutoff: Policy -> expired_sql -> every statement of JobTable. Of
+a Ctrl-C: Stop -> Interrupted, at once while the run only reads, else before the next request ->
+Rounds._round accounts for what is in flight -> main -> Ledger.end -> exit code 130.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import ipaddress
 import json
 import logging
 import os
+import pickle
 import queue
 import random
 import re
@@ -48,6 +46,7 @@ import socket
 import sqlite3
 import ssl
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -55,16 +54,15 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from itertools import islice, pairwise, repeat
+from itertools import groupby, islice, repeat
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from unicodedata import normalize
 from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
@@ -75,15 +73,10 @@ import pymysql
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnection
+from botocore.parsers import ResponseParserError
 from pymysql.cursors import SSCursor
 
-if TYPE_CHECKING:
-    from types_boto3_s3 import S3Client
-
-    Connection = pymysql.Connection[pymysql.cursors.Cursor]
-
 T = TypeVar("T")
-Record = TypeVar("Record", bound=tuple[Any, ...])
 
 log = logging.getLogger("retention_purge")
 
@@ -91,7 +84,7 @@ VERSION = "2.0.0"
 CA_BUNDLE_URL = "https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem"
 DEFAULT_CA_BUNDLE = Path(__file__).resolve().parent / "rds-ca-bundle.pem"
 VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
-
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Keys in one ListObjectsV2 answer and in one DeleteObjects request (S3 API reference); bytes of
 # UTF-8 in an object key (S3 user guide, "Creating object key names").
 PAGE, BATCH, KEY_BYTES = 1000, 1000, 1024
@@ -101,10 +94,10 @@ FIRST_TIMESTAMP = "1970-01-01 00:00:01"
 # Without --orphans, a page with fewer wanted keys is not worth its parsing: each key is sought by
 # itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
 SPARSE, SEEK = 25, 10
-# Keys of remaining jobs that are looked for where all expired keys are missing.
-SAMPLE = 50
-# The clocks of this host, the database and S3 may differ by this much.
-MAX_SKEW = timedelta(minutes=5)
+# Records in a block of a spool file, references in a part of the listing, pages read ahead of it.
+BLOCK, PART, AHEAD = 1000, 5000, 4
+SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys are missing
+MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
 # Seconds. A login and a re-check may not take long; the grouped query may sort for an hour before
 # its first row. A row lock is awaited for less than the read timeout, or a DELETE given up here
 # would take effect there. The longer a delete is awaited, the rarer one that S3 carries out later.
@@ -137,31 +130,23 @@ DOUBTFUL = {"InternalError", "RequestTimeout", "OperationAborted", "500", "502",
 DOUBTFUL |= {"InvalidAnswer", "NoAnswer"}
 
 
-# ---------------------------------------------------------------------------------------------
-# Errors and stop signals
-# ---------------------------------------------------------------------------------------------
+# --- Errors and stop signals ----------------------------------------------------------------------
+
+FAILED, USAGE, REFUSED, SOME_FAILED, LOCKED = (
+    1,
+    2,
+    3,
+    4,
+    75,
+)  # exit codes; EX_TEMPFAIL of sysexits.h
 
 
 class PurgeError(click.ClickException):
-    """The run failed: one line that says what to do, an exit code. `code` is S3's, or ours."""
+    """The run failed: one line that says what to do, and its exit code. `code` is S3's, or ours."""
 
-    exit_code = 1
-
-    def __init__(self, message: str, code: str = "") -> None:
+    def __init__(self, message: str, exit_code: int = FAILED, code: str = "") -> None:
         super().__init__(" ".join(message.split()))
-        self.code = code
-
-
-class UsageError(PurgeError):
-    exit_code = 2  # the call itself is wrong
-
-
-class Refused(PurgeError):
-    exit_code = 3  # a guard stopped the run before the first delete
-
-
-class Locked(PurgeError):
-    exit_code = 75  # another run is at work (EX_TEMPFAIL of sysexits.h)
+        self.exit_code, self.code = exit_code, code  # type: ignore[misc]
 
 
 class Interrupted(BaseException):
@@ -171,12 +156,12 @@ class Interrupted(BaseException):
 class Stop:
     """SIGHUP, SIGINT, SIGTERM. The first ends the run in order, a second one at once.
 
-    While the run only reads, the signal raises Interrupted where it arrives. After `note` it is
-    only noted, and `check` raises where all that is in flight can be accounted for.
+    While the run is `reading`, the signal raises Interrupted where it arrives. Otherwise it is only
+    noted, and `check` raises where all that is in flight can be accounted for.
     """
 
     def __init__(self) -> None:
-        self.received, self._raises = 0, True  # the signal's number
+        self.received, self._raises = 0, False  # the signal's number
         every = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
         self._heeded = [each for each in every if signal.getsignal(each) is not signal.SIG_IGN]
 
@@ -185,7 +170,7 @@ class Stop:
         for signum in self._heeded:
             signal.signal(signum, self._receive)
 
-    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+    def _receive(self, signum: int, _frame: Any) -> None:
         for each in self._heeded:
             signal.signal(each, signal.SIG_DFL)
         self.received = signum
@@ -196,12 +181,9 @@ class Stop:
         if self.received:
             raise Interrupted
 
-    def note(self) -> None:
-        self._raises = False
-
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Within, a signal raises at once again: one noted before, too."""
+        """Within, a signal raises at once; one noted before, too."""
         self._raises = True
         try:
             self.check()
@@ -210,9 +192,7 @@ class Stop:
             self._raises = False
 
 
-# ---------------------------------------------------------------------------------------------
-# Policy and merge: pure, no clock, no network
-# ---------------------------------------------------------------------------------------------
+# --- Policy and merge: pure, no clock, no network -------------------------------------------------
 # Keys are `str`. Python orders str by code point, which is the order of the UTF-8 bytes, which is
 # the order of an S3 listing; and two str are equal exactly if their bytes are.
 
@@ -270,18 +250,16 @@ class Policy:
 
     def reason(self, reference: Reference | None, found: S3Object | None) -> Reason | None:
         """Why this key belongs in the plan, or None if it does not."""
-        if reference is not None:
-            if not reference.expired:
-                return None
-            if reference.expired < reference.jobs:
-                return Reason.SHARED if self.rows else None
-            if found is not None:
-                return Reason.EXPIRED
-            return Reason.MISSING if self.rows else None
-        if found is None or self.orphans_before is None or found.key == self.prefix:
-            return None  # a console's "folder" is called like the prefix: it is nobody's data
-        modified = datetime.fromisoformat(found.last_modified)
-        return Reason.ORPHAN if modified < self.orphans_before else None
+        if reference is None:
+            if found is None or self.orphans_before is None or found.key == self.prefix:
+                return None  # a console's "folder" is called like the prefix: it is nobody's data
+            modified = datetime.fromisoformat(found.last_modified)
+            return Reason.ORPHAN if modified < self.orphans_before else None
+        if reference.expired == reference.jobs and found is not None:
+            return Reason.EXPIRED
+        if not reference.expired or not self.rows:
+            return None
+        return Reason.SHARED if reference.expired < reference.jobs else Reason.MISSING
 
 
 def may_go(reason: str, found: Reference | None) -> bool:
@@ -294,22 +272,19 @@ def may_go(reason: str, found: Reference | None) -> bool:
     return found is not None and found.expired == found.jobs > 0
 
 
-@dataclass
-class Tally:
-    """Objects counted by reason, and their bytes."""
+class Tally(Counter[str]):
+    """Objects counted by reason, and their `bytes`."""
 
-    expired: int = 0
-    orphan: int = 0
-    bytes: int = 0
+    def __init__(self) -> None:
+        super().__init__(expired=0, orphan=0, bytes=0)
 
-    def add(self, candidate: Candidate) -> None:
-        self.expired += candidate.reason == Reason.EXPIRED
-        self.orphan += candidate.reason == Reason.ORPHAN
-        self.bytes += candidate.size
+    def add(self, item: Candidate) -> None:
+        self[str(item.reason)] += 1
+        self["bytes"] += item.size
 
     @property
     def objects(self) -> int:
-        return self.expired + self.orphan
+        return self["expired"] + self["orphan"]
 
 
 @dataclass
@@ -368,23 +343,25 @@ def plan(
     `is_doubtful` tells the keys of orphans that a job may mean, though it spells them otherwise.
     """
     for reference, item in pairs:
-        if item is not None:
-            totals.listed += 1
-            totals.known += reference is not None
-        elif reference is not None and reference.expired == reference.jobs:
-            totals.missing += 1
-        else:
-            totals.dangling += 1
         reason = policy.reason(reference, item)
-        if reason is Reason.ORPHAN and item is not None and is_doubtful(item.key):
+        if item is None:
+            absent = reference is not None and reference.expired == reference.jobs
+            totals.missing += absent
+            totals.dangling += not absent
+            if reason is not None and reference is not None:
+                yield Candidate(reference.key, reason)
+            continue
+        totals.listed += 1
+        totals.known += reference is not None
+        if reason is Reason.ORPHAN and is_doubtful(item.key):
             totals.doubtful += 1
-        elif reason in OF_OBJECTS and item is not None:
+        elif reason is Reason.SHARED:
+            yield Candidate(item.key, reason)
+        elif reason is not None:
             modified = datetime.fromisoformat(item.last_modified).isoformat()
             candidate = Candidate(item.key, reason, int(item.size), modified)
             totals.planned.add(candidate)
             yield candidate
-        elif reason is not None and reference is not None:
-            yield Candidate(reference.key, reason)
 
 
 def refusals(
@@ -438,9 +415,7 @@ def printable(key: str) -> str:
     return key if plain and key else json.dumps(key)
 
 
-# ---------------------------------------------------------------------------------------------
-# Spool files: streams on disk
-# ---------------------------------------------------------------------------------------------
+# --- Streams, ahead of their reader and on disk ---------------------------------------------------
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -450,110 +425,82 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def together(streams: Collection[Iterable[T]]) -> Iterator[T]:
-    """The items of some streams in no order, each drawn in a thread of its own, some ahead. Raises
-    what they raise."""
-    results: queue.Queue[list[T] | BaseException | None] = queue.Queue(len(streams))
+def ahead(streams: Iterable[Iterable[T]], width: int) -> Iterator[T]:
+    """The items of all streams, one stream after the other; up to `width` of them are drawn at the
+    same time, each in a thread of its own, AHEAD items ahead. Raises what they raise."""
 
-    def draw(stream: Iterable[T]) -> None:
+    def draw(stream: Iterable[T], results: queue.Queue[Any]) -> None:
+        error: BaseException = StopIteration()
         try:
-            for chunk in chunks(stream, 200):
-                results.put(chunk)
-            results.put(None)
-        except BaseException as error:
-            results.put(error)
+            for item in stream:
+                results.put((item, None))
+        except BaseException as fault:
+            error = fault
+        results.put((None, error))
 
-    for stream in streams:
-        threading.Thread(target=draw, args=(stream,), daemon=True).start()
-    left = len(streams)
-    while left:
-        result = results.get()
-        if isinstance(result, BaseException):
-            raise result
-        left -= result is None
-        yield from result or ()
-
-
-def scratch(table: str) -> sqlite3.Connection:
-    """A private database with one table, in an unnamed file in TMPDIR: it vanishes with the
-    process, whatever ends it. Memory holds 2 MB of it at most (SQLite's default cache)."""
-    database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-    for statement in ("PRAGMA journal_mode = OFF", "BEGIN", f"CREATE TABLE {table}"):
-        database.execute(statement)
-    return database
+    waiting, running = iter(streams), deque[queue.Queue[Any]]()
+    while True:
+        for stream in islice(waiting, width - len(running)):
+            running.append(queue.Queue(AHEAD))
+            threading.Thread(target=draw, args=(stream, running[-1]), daemon=True).start()
+        if not running:
+            return
+        item, error = running[0].get()
+        if error is None:
+            yield item
+        elif isinstance(error, StopIteration):
+            running.popleft()
+        else:
+            raise error
 
 
-class Spool(Generic[Record]):
-    """Records on disk: written once, then read in order as often as needed, or one by its place;
-    safe to read from several threads."""
+@contextmanager
+def spool_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        advice = "Free some space in TMPDIR, or point TMPDIR elsewhere."
+        raise PurgeError(f"Cannot write a spool file: {error}. {advice}") from error
 
-    def __init__(self, record: type[Record], records: Iterable[Record]) -> None:
-        self._make: Callable[[Iterable[Any]], Record] = record._make  # type: ignore[attr-defined]
-        fields: tuple[str, ...] = record._fields  # type: ignore[attr-defined]
-        self._database = scratch(f"spool ({','.join(fields)})")
-        marks = ",".join("?" for _ in fields)
-        self._database.executemany(f"INSERT INTO spool VALUES ({marks})", records)
-        ((self._count,),) = self._database.execute("SELECT COUNT(*) FROM spool")
+
+class Spool(Generic[T]):
+    """Records in an unnamed file in TMPDIR, which vanishes with the process: written once, then
+    read in order as often as needed; safe to read from several threads. Raises PurgeError."""
+
+    def __init__(self, records: Iterable[T]) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._ends, self._count = [0], 0
+        for block in chunks(records, BLOCK):
+            self._count += len(block)
+            with spool_errors():
+                self._file.write(pickle.dumps(block))
+                self._file.flush()
+            self._ends.append(self._file.tell())
 
     def __len__(self) -> int:
-        return int(self._count)
+        return self._count
 
-    def __iter__(self) -> Iterator[Record]:
-        return map(self._make, self._database.execute("SELECT * FROM spool ORDER BY key"))
+    def __iter__(self) -> Iterator[T]:
+        return self.slice(0, self._count)
 
-    def slice(self, start: int, end: int) -> Iterator[Record]:
+    def slice(self, start: int, end: int) -> Iterator[T]:
         """The records from one place up to before another."""
-        query = "SELECT * FROM spool WHERE rowid > ? AND rowid <= ? ORDER BY rowid"
-        return map(self._make, self._database.execute(query, (start, end)))
+        for number in range(start // BLOCK, -(-end // BLOCK)):
+            begin, after = self._ends[number : number + 2]
+            block = pickle.loads(os.pread(self._file.fileno(), after - begin, begin))
+            first = number * BLOCK
+            yield from block[max(start - first, 0) : end - first]
 
-    def __getitem__(self, place: int) -> Record:
-        query = "SELECT * FROM spool WHERE rowid = ?"
-        return self._make(self._database.execute(query, (place + 1,)).fetchone())
+    def __getitem__(self, place: int) -> T:
+        return next(self.slice(place, place + 1))
 
     def has(self, key: str) -> bool:
         """Whether a record has this key, if they ascend by it."""
-        place = bisect_left(self, key, key=key_of)
-        return place < len(self) and key_of(self[place]) == key
+        place = bisect_left(self, key, key=lambda record: record.key)  # type: ignore[attr-defined]
+        return place < len(self) and self[place].key == key  # type: ignore[attr-defined]
 
 
-def key_of(record: Any) -> str:
-    key: str = record.key
-    return key
-
-
-# ---------------------------------------------------------------------------------------------
-# MySQL
-# ---------------------------------------------------------------------------------------------
-
-
-def connect(
-    host: str, port: int, user: str, database: str, secret: Callable[[], str], tls: dict[str, Any]
-) -> Connection:
-    """Log in, with a `secret` made now: an IAM token lives 15 minutes. Raises PurgeError."""
-    log.info("connecting to %s:%d", host, port)
-    password = secret().encode()
-    with database_errors(f"Cannot log in to {host}:{port} as {user}"):
-        connection: Any = pymysql.connect(
-            host=host,
-            port=port,
-            user=user,
-            password=password,
-            database=database,
-            charset="utf8mb4",
-            autocommit=True,  # every read sees the table as it is now
-            connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=CONNECT_TIMEOUT,
-            write_timeout=CONNECT_TIMEOUT,
-            **tls,
-        )
-    # A minute's silence sends a probe: NAT gateways forget idle connections after 350 seconds.
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            connection._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    for statement in SESSION:
-        query(connection, "Cannot set up the database session", statement)
-    return connection  # type: ignore[no-any-return]
-
+# --- MySQL ----------------------------------------------------------------------------------------
 
 # What the server's own settings must not decide. TIMESTAMP columns are converted to the session's
 # time zone; a row limit would cut the references short without a word, a short sort length take
@@ -565,53 +512,6 @@ SESSION = (
     f"max_sort_length = 8192, wait_timeout = 86400, innodb_lock_wait_timeout = {LOCK_TIMEOUT}",
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 )
-
-
-def tls_settings(bundle: Path | None, local: bool) -> dict[str, Any]:
-    """PyMySQL's arguments for TLS with certificate and host name verified. Only `local`, for a
-    password that goes to this machine, and without a CA bundle is TLS left to the server.
-
-    `ssl_verify_identity` is what verifies: `ssl_ca` alone encrypts and trusts anyone. Raises
-    UsageError without a usable CA bundle.
-    """
-    if bundle is None and local:
-        return {}
-    bundle = bundle or DEFAULT_CA_BUNDLE
-    try:
-        ssl.create_default_context(cafile=bundle)
-    except OSError as error:  # SSLError too
-        fault = "no certificates in it" if isinstance(error, ssl.SSLError) else error.strerror
-        raise UsageError(
-            f"No CA bundle for the database: {bundle} ({fault}). Download {CA_BUNDLE_URL} to "
-            f"{DEFAULT_CA_BUNDLE.name} beside the script, or give --ca-bundle."
-        ) from None
-    return {"ssl_ca": str(bundle), "ssl_verify_identity": True}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host, as written, can only be this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-@contextmanager
-def database_errors(doing: str) -> Iterator[None]:
-    """Turn what PyMySQL raises into a PurgeError of one line: what was done, why it failed."""
-    try:
-        yield
-    except (pymysql.Error, OSError) as error:
-        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
-        detail = str(error.args[-1] if error.args else error) or type(error).__name__
-        cause = getattr(error, "original_exception", None)
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            detail, code = f"its certificate was not accepted ({cause.verify_message})", 2026
-        advice = DATABASE_ADVICE.get(code)
-        detail = f"{detail.rstrip('.')}. {advice}." if advice else detail
-        raise PurgeError(f"{doing}: {detail}", str(code)) from error
-
-
 # MySQL's error codes (MySQL manual, "Error Message Reference") and what to do.
 DATABASE_ADVICE = {
     1044: "Check --db-name, and grant SELECT on the table",
@@ -631,13 +531,91 @@ DATABASE_ADVICE = {
 }
 
 
-def query(
-    connection: Connection, doing: str, sql: str, arguments: Any = None
-) -> tuple[tuple[Any, ...], ...]:
+@contextmanager
+def database_errors(doing: str) -> Iterator[None]:
+    """Turn what PyMySQL raises into a PurgeError of one line: what was done, why it failed."""
+    try:
+        yield
+    except (pymysql.Error, OSError) as error:
+        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+        detail = str(error.args[-1] if error.args else error) or type(error).__name__
+        cause = getattr(error, "original_exception", None)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            detail, code = f"its certificate was not accepted ({cause.verify_message})", 2026
+        advice = f" {DATABASE_ADVICE[code]}." if code in DATABASE_ADVICE else ""
+        raise PurgeError(f"{doing}: {detail.rstrip('.')}.{advice}", code=str(code)) from error
+
+
+def query(connection: Any, doing: str, sql: str, arguments: Any = None) -> list[tuple[Any, ...]]:
     """The rows of a statement, all at once. Raises PurgeError."""
     with database_errors(doing), connection.cursor() as cursor:
         cursor.execute(sql, arguments)
-        return cursor.fetchall()
+        return list(cursor.fetchall())
+
+
+def connect(
+    host: str, port: int, user: str, database: str, secret: Callable[[], str], tls: dict[str, Any]
+) -> Any:
+    """Log in, with a `secret` made now: an IAM token lives 15 minutes. Raises PurgeError."""
+    log.info("connecting to %s:%d", host, port)
+    settings: dict[str, Any] = {"host": host, "port": port, "user": user, "database": database}
+    settings |= {f"{kind}_timeout": CONNECT_TIMEOUT for kind in ("connect", "read", "write")}
+    settings |= {"charset": "utf8mb4", "autocommit": True}  # every read sees the table as it is
+    password = secret().encode()
+    with database_errors(f"Cannot log in to {host}:{port} as {user}"):
+        connection: Any = pymysql.connect(password=password, **settings, **tls)
+    # A minute's silence sends a probe: NAT gateways forget idle connections after 350 seconds.
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            connection._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    for statement in SESSION:
+        query(connection, "Cannot set up the database session", statement)
+    return connection
+
+
+def tls_settings(bundle: Path | None, local: bool) -> dict[str, Any]:
+    """PyMySQL's arguments for TLS with certificate and host name verified. Only `local`, for a
+    password that goes to this machine, and without a CA bundle is TLS left to the server.
+
+    `ssl_verify_identity` is what verifies: `ssl_ca` alone encrypts and trusts anyone. Raises
+    PurgeError without a usable CA bundle.
+    """
+    if bundle is None and local:
+        return {}
+    bundle = bundle or DEFAULT_CA_BUNDLE
+    try:
+        ssl.create_default_context(cafile=bundle)
+    except OSError as error:  # SSLError too
+        fault = "no certificates in it" if isinstance(error, ssl.SSLError) else error.strerror
+        advice = f"Download {CA_BUNDLE_URL} to {DEFAULT_CA_BUNDLE.name} beside the script"
+        message = (
+            f"No CA bundle for the database: {bundle} ({fault}). {advice}, or give --ca-bundle."
+        )
+        raise PurgeError(message, USAGE) from None
+    return {"ssl_ca": str(bundle), "ssl_verify_identity": True}
+
+
+def take_lock(connection: Any, bucket: str, prefix: str, table: str) -> None:
+    """Lock bucket, prefix and table against other runs, until the connection ends.
+
+    Raises PurgeError if another run has the lock, or on a read replica: the lock would not be the
+    primary's, and a re-check would see the table as it was some time ago.
+    """
+    doing = f"Cannot take the lock on {table}"
+    if any(query(connection, doing, "SELECT @@global.read_only, @@innodb_read_only")[0]):
+        message = "The database is read-only, so it may be a replica: give the primary's host."
+        raise PurgeError(message, REFUSED)
+    subject = json.dumps([bucket, prefix, table]).encode()
+    name = f"retention_purge:{hashlib.sha256(subject).hexdigest()[:40]}"  # 64 characters at most
+    sql = "SELECT GET_LOCK(%s, 0), IS_USED_LOCK(%s)"
+    ((got, holder),) = query(connection, doing, sql, (name, name))
+    if not got:  # 0, or NULL if it failed
+        sql = "SELECT HOST, COMMAND, TIME FROM information_schema.PROCESSLIST WHERE ID = %s"
+        rows = query(connection, doing, sql, (holder,))
+        facts = [f" of {host} ({command} for {seconds} s)" for host, command, seconds in rows]
+        message = "Another run works on the same bucket, prefix and table: database connection "
+        message += f"{holder}{''.join(facts)} holds the lock. Try again later."
+        raise PurgeError(message, LOCKED)
 
 
 def text_bytes(column: str) -> str:
@@ -657,35 +635,7 @@ def expired_sql(cutoff: datetime) -> str:
     )
 
 
-def take_lock(connection: Connection, bucket: str, prefix: str, table: str) -> None:
-    """Lock bucket, prefix and table against other runs, until the connection ends.
-
-    Raises Locked if another run has the lock, Refused on a read replica: the lock would not be the
-    primary's, and a re-check would see the table as it was some time ago.
-    """
-    doing = f"Cannot take the lock on {table}"
-    if any(query(connection, doing, "SELECT @@global.read_only, @@innodb_read_only")[0]):
-        raise Refused("The database is read-only, so it may be a replica: give the primary's host.")
-    subject = json.dumps([bucket, prefix, table]).encode()
-    name = f"retention_purge:{hashlib.sha256(subject).hexdigest()[:40]}"  # 64 characters at most
-    sql = "SELECT GET_LOCK(%s, 0), IS_USED_LOCK(%s)"
-    ((got, holder),) = query(connection, doing, sql, (name, name))
-    if not got:  # 0, or NULL if it failed
-        sql = "SELECT HOST, COMMAND, TIME FROM information_schema.PROCESSLIST WHERE ID = %s"
-        rows = query(connection, doing, sql, (holder,))
-        facts = [f" of {host} ({doing_now} for {seconds} s)" for host, doing_now, seconds in rows]
-        raise Locked(
-            "Another run works on the same bucket, prefix and table: database connection "
-            f"{holder}{''.join(facts)} holds the lock. Try again later."
-        )
-
-
-class JobRow(NamedTuple):
-    """An expired row of the job table; its key is `prefix + name`."""
-
-    job_id: str
-    completed_at: str
-    name: str
+JobRow = tuple[str, str, str]  # of an expired job: jobId, completedAt, sourceData
 
 
 class JobTable:
@@ -694,39 +644,40 @@ class JobTable:
     Only `delete` writes. All methods raise PurgeError.
     """
 
-    def __init__(self, connection: Connection, place: tuple[str, str], cutoff: datetime) -> None:
-        self._connection: Any = connection
-        self.name = ".".join(place)
+    def __init__(self, connection: Any, place: tuple[str, str], cutoff: datetime) -> None:
+        self._connection, self.name = connection, ".".join(place)
         self._from = "FROM " + ".".join("`" + part.replace("`", "``") + "`" for part in place)
         self._expired = expired_sql(cutoff)
         # Of each key its bytes, jobs and expired jobs.
-        self._references = f"{NAME}, COUNT(*), COUNT(NULLIF({self._expired}, 0)) {self._from}"
-        self._charset, self._collation, self._length = self._describe()
+        self._references = f"{NAME}, COUNT(*), COUNT(NULLIF({self._expired}, 0))"
+        self._describe()
         # Whether an index leads with `sourceData`, so that a re-check need not scan the table.
         leads = "Column_name = 'sourceData' AND Seq_in_index = 1 AND Index_type = 'BTREE'"
-        sql = f"SHOW INDEX {self._from} WHERE {leads}"
-        self.indexed = bool(query(connection, f"Cannot read the indexes of {self.name}", sql))
+        self.indexed = bool(self._query("SHOW INDEX", f"WHERE {leads}"))
 
-    def _describe(self) -> tuple[str, str, int]:
-        """Character set, collation and length of `sourceData`, after a look at all columns."""
-        rows = query(
-            self._connection, f"Cannot describe {self.name}", f"SHOW FULL COLUMNS {self._from}"
-        )
+    def _query(self, what: str, rest: str = "", doing: str = "read") -> list[tuple[Any, ...]]:
+        sql = f"{what} {self._from} {rest}"
+        return query(self._connection, f"Cannot {doing} {self.name}", sql)
+
+    def _describe(self) -> None:
+        """Learn how `sourceData` holds text, after a look at all columns."""
+        rows = self._query("SHOW FULL COLUMNS")
         columns = {name.lower(): (kind.lower(), collation) for name, kind, collation, *_ in rows}
         for name in ("jobId", "completedAt", "type", "sourceData"):
             if name.lower() not in columns:
                 raise PurgeError(f"{self.name} has no column {name}: is it the job table?")
-        moment, (kind, collation) = columns["completedat"][0], columns["sourcedata"]
+        moment, (kind, self._collation) = columns["completedat"][0], columns["sourcedata"]
         if moment.startswith("datetime"):
             log.warning("completedAt is a DATETIME: its values are taken as UTC")
         elif not moment.startswith("timestamp"):
             raise PurgeError(f"{self.name}.completedAt must be a TIMESTAMP column, not {moment}.")
-        charset, length = (collation or "").split("_")[0], re.search(r"char\((\d+)\)", kind)
-        if charset not in CHARSETS:
-            known = f"a text column in one of {', '.join(CHARSETS)}"
-            raise PurgeError(f"{self.name}.sourceData must be {known}: it is {kind} {charset}.")
+        self._charset = (self._collation or "").split("_")[0]
+        if self._charset not in CHARSETS:
+            known = f"a text column in one of {', '.join(CHARSETS)}: it is {kind} {self._charset}"
+            raise PurgeError(f"{self.name}.sourceData must be {known}.")
+        length = re.search(r"char\((\d+)\)", kind)
+        self._length = int(length[1]) if length else KEY_BYTES
         self._strips = kind.startswith("char")  # a CHAR gives no trailing blanks back
-        return charset, collation, int(length[1]) if length else KEY_BYTES
 
     def can_hold(self, name: str) -> bool:
         """Whether `sourceData` can spell the name: if not, a job of it stands there mangled."""
@@ -747,10 +698,11 @@ class JobTable:
         (60 s), and an open read keeps a snapshot alive.
         """
         self._connection._read_timeout = PLAN_TIMEOUT  # PyMySQL applies it at its next read
+        sql = f"SELECT SQL_BIG_RESULT {self._references} {self._from} GROUP BY 1 ORDER BY 1"
         with database_errors(f"Cannot read {self.name}"):
             cursor = self._connection.cursor(SSCursor)
             try:
-                cursor.execute(f"SELECT SQL_BIG_RESULT {self._references} GROUP BY 1 ORDER BY 1")
+                cursor.execute(sql)
                 while rows := cursor.fetchmany(1000):
                     yield from rows
             finally:
@@ -765,41 +717,37 @@ class JobTable:
 
     def sample(self) -> list[str]:
         """Names of some remaining jobs, from all over the table."""
-        sql = f"SELECT {NAME} {self._from} WHERE NOT {self._expired} AND `sourceData` <> '' "
-        sql += f"ORDER BY RAND() LIMIT {SAMPLE}"
-        rows = query(self._connection, f"Cannot read {self.name}", sql)
-        return [name.decode() for (name,) in rows]
+        some = f"WHERE NOT {self._expired} AND {NAME} <> '' ORDER BY RAND() LIMIT {SAMPLE}"
+        return [name.decode() for (name,) in self._query(f"SELECT {NAME}", some)]
 
     def referenced(self, names: Collection[str]) -> dict[str, Reference]:
         """Those of `names` that jobs refer to at this moment, and by how many."""
-        sql = f"SELECT {self._references} WHERE {self._among(names)} GROUP BY 1"
-        rows = query(self._connection, f"Cannot re-check references in {self.name}", sql)
+        which, doing = f"WHERE {self._among(names)} GROUP BY 1", "re-check references in"
+        rows = self._query(f"SELECT {self._references}", which, doing)
         found = (Reference(name.decode(), jobs, expired) for name, jobs, expired in rows)
         return {item.key: item for item in found if item.key in names}
-
-    def expired_rows(self, names: Collection[str]) -> list[JobRow]:
-        """Expired jobs of these names, up to ROWS of them."""
-        exact = ",".join(self._connection.escape(name) for name in names)
-        sql = (
-            f"SELECT `jobId`, CAST(`completedAt` AS CHAR), {NAME} {self._from} WHERE "
-            f"{self._among(names)} AND {NAME} IN ({exact}) AND {self._expired} LIMIT {ROWS}"
-        )
-        rows = query(self._connection, f"Cannot read the expired jobs in {self.name}", sql)
-        return [JobRow(job_id, moment, name.decode()) for job_id, moment, name in rows]
 
     def _among(self, names: Iterable[str]) -> str:
         """SQL that finds a superset of the jobs of these names under any collation, through an
         index if there is one. A name that the column's character set cannot spell becomes another,
         which is right: no row can hold it. Whoever asks compares the bytes of the answer."""
-        escaped = self._connection.escape
         form = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
-        return f"`sourceData` IN ({','.join(form % escaped(name) for name in names)})"
+        escaped = map(self._connection.escape, names)
+        return f"`sourceData` IN ({','.join(form % name for name in escaped)})"
+
+    def expired_rows(self, names: Collection[str]) -> list[JobRow]:
+        """Expired jobs of these names, up to ROWS of them."""
+        exact = ",".join(map(self._connection.escape, names))
+        which = f"WHERE {self._among(names)} AND {NAME} IN ({exact}) AND {self._expired}"
+        what = f"SELECT `jobId`, CAST(`completedAt` AS CHAR), {NAME}"
+        rows = self._query(what, f"{which} LIMIT {ROWS}", "read the expired jobs in")
+        return [(job_id, moment, name.decode()) for job_id, moment, name in rows]
 
     def delete(self, rows: list[JobRow]) -> int:
         """Delete these jobs, if they are as they were read and still expired; how many were."""
         escaped = self._connection.escape
-        ids = ",".join(escaped(row.job_id) for row in rows)
-        pairs = ",".join(f"({escaped(row.job_id)},{escaped(row.name)})" for row in rows)
+        ids = ",".join(escaped(job_id) for job_id, _, _ in rows)
+        pairs = ",".join(f"({escaped(job_id)},{escaped(name)})" for job_id, _, name in rows)
         with database_errors(f"Cannot delete from {self.name}"):
             deleted: int = self._connection.cursor().execute(
                 f"DELETE {self._from} WHERE `jobId` IN ({ids}) AND {self._expired} "
@@ -814,19 +762,19 @@ class JobTable:
         Warns of tables that a DELETE opens besides, for ON DELETE CASCADE or a trigger. No view
         shows them to a user without rights on them, but the second EXPLAIN counts them.
         """
-        opened, doing = [0, 0, 0], f"Cannot check the right to delete from {self.name}"
-        for turn in (1, 2):
-            try:
-                query(self._connection, doing, f"EXPLAIN DELETE {self._from} WHERE FALSE")
-            except PurgeError as error:
-                if error.code == "1142":
-                    yield f"--delete-jobs, but the user has no DELETE on {self.name}: grant it"
-                elif error.code != "1290":
-                    raise
-                return
-            counts = query(self._connection, doing, "SHOW SESSION STATUS LIKE 'Table_open_cache%'")
-            opened[turn] = sum(int(n) for name, n in counts if name.endswith(("_hits", "_misses")))
-        if opened[2] - opened[1] > 1:
+        opened, status = [], "SHOW SESSION STATUS LIKE 'Table_open_cache%s'"
+        try:
+            for _ in range(2):
+                self._query("EXPLAIN DELETE", "WHERE FALSE", "check the right to delete from")
+                rows = query(self._connection, "Cannot count open tables", status % "%")
+                opened.append(sum(int(n) for name, n in rows if not name.endswith("overflows")))
+        except PurgeError as error:
+            if error.code == "1142":
+                yield f"--delete-jobs, but the user has no DELETE on {self.name}: grant it"
+            elif error.code != "1290":
+                raise
+            return
+        if opened[1] - opened[0] > 1:
             others = "a foreign key with ON DELETE CASCADE, or a trigger, may change them"
             log.warning("a DELETE in %s opens other tables: %s", self.name, others)
 
@@ -854,9 +802,7 @@ def read_references(jobs: JobTable, policy: Policy, totals: Totals) -> Iterator[
         log.warning("%d jobs have no sourceData that can be a key; they name no object", nameless)
 
 
-# ---------------------------------------------------------------------------------------------
-# S3
-# ---------------------------------------------------------------------------------------------
+# --- S3 -------------------------------------------------------------------------------------------
 
 
 class Page(NamedTuple):
@@ -867,7 +813,7 @@ class Page(NamedTuple):
     moments: list[str]
     token: str | None
     bucket: str
-    asked: list[str]  # where the answer says that it begins: a key or a token, as it was asked for
+    begins: list[str]  # where, as it was asked for: after a key, or with a token
 
 
 class Version(NamedTuple):
@@ -893,10 +839,6 @@ class Verdict(NamedTuple):
     marker: str | None = None
 
 
-class NotSent(Exception):
-    """The request did not leave: its re-check had grown too old."""
-
-
 class Bucket:
     """One bucket below one prefix. Counts its requests; safe to use from several threads.
 
@@ -913,7 +855,7 @@ class Bucket:
         # A delete is not repeated by botocore: each try needs a new re-check of its own.
         self._write = self._client(session, DELETE_TIMEOUT, attempts=1)
 
-    def _client(self, session: boto3.Session, timeout: int, attempts: int) -> S3Client:
+    def _client(self, session: boto3.Session, timeout: int, attempts: int) -> Any:
         config = Config(
             retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=4 * self.workers,
@@ -934,20 +876,20 @@ class Bucket:
     def _leave(self, event_name: str, **_: Any) -> None:
         """Event `before-send`: the request is signed, which may have refreshed credentials for a
         minute, and would leave now. Raises if it must not."""
-        operation, report, age = event_name.rpartition(".")[2], self._report, 0.0
-        if operation.startswith("Delete"):
-            age = time.monotonic() - self._thread.checked
-            if age > MAX_RECHECK_AGE:
-                raise NotSent(f"its re-check was {age:.0f} s old when it would have left")
-        else:
+        operation, report = event_name.rpartition(".")[2], self._report
+        deletes = operation.startswith("Delete")
+        age = time.monotonic() - self._thread.checked if deletes else 0.0
+        if age > MAX_RECHECK_AGE:
+            message = f"its re-check was {age:.0f} s old when it would have left"
+            raise PurgeError(message, code="NotSent")
+        if not deletes:
             self._stop.check()
         with self._counting:
-            for kind in report.requests:
-                report.requests[kind] += operation.lower().startswith(kind)
-            if report.requests["delete"] and not report.undoes:
-                report.max_recheck_age_seconds = max(
-                    report.max_recheck_age_seconds or 0.0, round(age, 3)
-                )
+            report.requests["list"] += operation.startswith("List")
+            report.requests["delete"] += deletes
+            if deletes and not report.undoes:
+                oldest = report.max_recheck_age_seconds or 0.0
+                report.max_recheck_age_seconds = max(oldest, round(age, 3))
 
     def look(self) -> None:
         """Learn the bucket's versioning, and by how much S3's clock leads this host's."""
@@ -967,10 +909,9 @@ class Bucket:
         least one, but at its end: a page without keys that has a token is followed."""
         while True:
             where: Any = {"ContinuationToken": token} if token else {"StartAfter": after}
+            where |= {"Prefix": prefix or self.prefix, "MaxKeys": limit}
             with bucket_errors(f"Cannot list bucket {self.name}", "s3:ListBucket"):
-                answer: Any = self._read.list_objects_v2(
-                    Bucket=self.name, Prefix=prefix or self.prefix, MaxKeys=limit, **where
-                )
+                answer = self._read.list_objects_v2(Bucket=self.name, **where)
             page: Page = answer["Page"]
             self._check(page, after, token or after)
             if page.keys or page.token is None:
@@ -986,8 +927,8 @@ class Bucket:
         # An access point's ARN or alias is answered with another name.
         if page.bucket != self.name and re.fullmatch(r"(?!.*-s3alias$)[a-z0-9.-]+", self.name):
             foreign.append(f"of {page.bucket}")
-        if page.asked and asked not in page.asked:
-            foreign.append(f"after {page.asked[0]}")
+        if page.begins and asked not in page.begins:
+            foreign.append(f"after {page.begins[0]}")
         if foreign:
             strange = printable(foreign[0])
             raise PurgeError(f"The listing of {self.name} gave {strange}, which was not asked for.")
@@ -996,57 +937,63 @@ class Bucket:
         """The key itself sorts first among those that it is a prefix of."""
         return self.page(limit=1, prefix=key).keys == [key]
 
-    def pairs(self, references: Spool[Reference], whole: bool) -> Iterator[Pair]:
-        """Each reference with its object or None, if `whole` also all objects without a reference.
+    def objects(self, references: Spool[Reference], whole: bool) -> Iterator[S3Object]:
+        """All objects if `whole`, else at least those that the references name, in order.
 
-        The references cut the listing into parts, which are listed and merged at the same time, so
-        that the pairs come in no order. About as many LIST requests as there are references,
-        however large the bucket is, and where their objects lie densely as it has pages.
+        The references cut the listing into parts, of which some are listed at the same time. About
+        as many LIST requests as there are references, however large the bucket is, and where their
+        objects lie densely as it has pages. The page that ends the listing settles all later keys.
         """
-        page = self.page("" if whole or not len(references) else just_before(references[0].key))
-        density = density_of(page, references, 0)
+        count = len(references)
+        page = self.page("" if whole or not count else just_before(references[0].key))
+        if page.token is None:
+            yield from map(S3Object._make, zip(page.keys, page.sizes, page.moments, strict=True))
+            return
+        near = references.slice(0, min(count, PAGE))
+        density = density_of([reference.key for reference in near], page)
         dense = whole or density >= SPARSE
         # A page keeps the CPU busy and the memory full, a seek mostly waits.
-        most, limit = self.workers * (3 if dense else 8) // 2, PAGE if dense else SEEK
-        parts = max(1, min(most, len(references) // max(density, 1)))
-        parts = 1 if page.token is None else parts
-        bounds = [len(references) * part // parts for part in range(parts + 1)]
-        streams = []
-        for start, end in pairwise(bounds):
-            objects = self._part(references, whole, (start, end), limit, None if start else page)
-            pairs = outer_join(references.slice(start, end), objects)
-            streams.append(pairs if whole else (pair for pair in pairs if pair[0]))
-        return together(streams)
+        width = self.workers * (3 if dense else 8) // 2
+        size = min(max(count // width + 1, density), PART)
+        bounds = ((start, min(start + size, count)) for start in range(0, max(count, 1), size))
+        limit = PAGE if dense else SEEK
+        parts = (self._part(references, whole, limit, *each, page) for each in bounds)
+        for rows, ended in ahead(parts, width):
+            yield from map(S3Object._make, rows)
+            if ended:
+                return
 
     def _part(
         self,
         references: Spool[Reference],
         whole: bool,
-        bounds: tuple[int, int],
         limit: int,
-        page: Page | None,
-    ) -> Iterator[S3Object]:
+        start: int,
+        end: int,
+        first: Page,
+    ) -> Iterator[tuple[list[tuple[str, str, str]], bool]]:
         """The objects above the reference before `start`, up to the last one before `end`; at the
-        listing's ends all. If not `whole`, each request leaps to the next reference. `page` is the
-        first one, if it is known."""
-        start, end = bounds
-        low = references[start - 1].key if start else ""
-        high = None if end == len(references) else references[end - 1].key
-        after, token = just_before(low) if NOT_XML.search(low) else low, None
-        while whole or start < end:
-            if not whole and (token is None or just_before(references[start].key) > after):
-                after, token = just_before(references[start].key), None
+        listing's ends all. If not `whole`, each request leaps to the next reference. `first` is the
+        listing's first page. With each page: is the listing at its end?"""
+        low, page = references[start - 1].key if start else "", None if start else first
+        keys = [reference.key for reference in references.slice(start, end)]
+        high = None if end == len(references) else keys[-1]
+        wanted, place, token = set(keys), 0, None
+        after = just_before(low) if NOT_XML.search(low) else low
+        while whole or place < len(keys):
+            if not whole and (token is None or just_before(keys[place]) > after):
+                after, token = just_before(keys[place]), None
             page = page or self.page(after, limit, token)
-            first = bisect_right(page.keys, low)
             upto = len(page.keys) if high is None else bisect_right(page.keys, high)
-            rows = zip(page.keys, page.sizes, page.moments, strict=True)
-            yield from map(S3Object._make, islice(rows, first, upto))
+            ended = page.token is None and upto == len(page.keys)
+            rows = zip(page.keys[:upto], page.sizes, page.moments, strict=False)
+            yield [row for row in rows if row[0] > low and (whole or row[0] in wanted)], ended
             if page.token is None or upto < len(page.keys):
                 return
-            if not whole:
-                limit = SEEK if density_of(page, references, start) < SPARSE else PAGE
             after, token = page.keys[-1], page.token
-            start = bisect_right(references, after, start, end, key=key_of)
+            if not whole:
+                limit = SEEK if density_of(keys[place:], page) < SPARSE else PAGE
+                place = bisect_right(keys, after, place)
             page = None
 
     def each(self, ask: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
@@ -1079,15 +1026,15 @@ class Bucket:
         """
         self._thread.checked = checked
         right = "s3:DeleteObjectVersion" if items[0].version_id else "s3:DeleteObject"
-        names = [{"Key": item.key} for item in items]
-        for name, item in zip(names, items, strict=True):
-            name.update({"VersionId": item.version_id} if item.version_id else {})
+        names: Any = [{"Key": item.key, "VersionId": item.version_id} for item in items]
         with bucket_errors(f"Cannot delete in bucket {self.name}", right):
-            if len(items) == 1 and NOT_XML.search(items[0].key):
+            if NOT_XML.search(items[0].key):
                 return [self._delete_single(names[0])]
-            objects: Any = {"Objects": names}
-            answer: Any = self._write.delete_objects(Bucket=self.name, Delete=objects)
-        verdicts: dict[str, Verdict] = answer["Verdicts"]
+            answer = self._write.delete_objects(Bucket=self.name, Delete={"Objects": names})
+        done = answer.get("Deleted", [])
+        verdicts = {it.get("Key"): Verdict(marker=it.get("DeleteMarkerVersionId")) for it in done}
+        for it in answer.get("Errors", []):  # of two answers to a key the error counts
+            verdicts[it.get("Key")] = Verdict(it.get("Code") or "unknown", it.get("Message", ""))
         silence = Verdict("NoAnswer", "S3's answer does not mention the key")
         return [verdicts.get(item.key, silence) for item in items]
 
@@ -1097,47 +1044,33 @@ class Bucket:
         except ClientError as error:  # a verdict on this key, not on the request as a whole
             facts = error.response.get("Error", {})
             return Verdict(facts.get("Code") or "unknown", facts.get("Message", ""))
-        status = answer["ResponseMetadata"]["HTTPStatusCode"]
-        if status != 204:  # what DeleteObject answers (S3 API reference)
-            return Verdict("InvalidAnswer", f"HTTP status {status} instead of 204")
         return Verdict(marker=answer.get("VersionId"))
 
 
-def density_of(page: Page, references: Spool[Reference], place: int) -> int:
-    """References among 1,000 objects there. The first one was sought, and tells nothing."""
-    known = bisect_right(references, page.keys[-1], place, key=key_of) - place if page.keys else 0
+def density_of(keys: list[str], page: Page) -> int:
+    """Of these sorted keys, as many as lie among 1,000 objects. The first one was sought, and tells
+    nothing."""
+    known = bisect_right(keys, page.keys[-1]) if page.keys else 0
     return max(known - 1, 0) * PAGE // max(len(page.keys) - 1, 1)
 
 
 def batches(items: Iterable[Candidate]) -> Iterator[list[Candidate]]:
     """Cut keys into requests: up to 1,000, or a single one that XML cannot carry."""
-    batch: list[Candidate] = []
-    for item in items:
-        if NOT_XML.search(item.key):
-            yield [item]
-            continue
-        batch.append(item)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    for odd, group in groupby(items, key=lambda item: NOT_XML.search(item.key) is not None):
+        yield from chunks(group, 1 if odd else BATCH)
 
 
 # botocore accepts any well-formed body as an answer, and spends most of a listing's time on
 # timestamps. So it calls this with the raw answer before it parses (event `before-parse`), and adds
 # what is put into `customized_response_dict` to its own result.
-
-ROOTS = {
+# Of each operation the root of its answer; DeleteObject is answered by a status alone.
+ROOTS: dict[str, str | int] = {
     "ListObjectsV2": "ListBucketResult",
     "DeleteObjects": "DeleteResult",
+    "DeleteObject": 204,
     "ListObjectVersions": "ListVersionsResult",
     "GetBucketVersioning": "Versioning",
 }
-
-
-class InvalidAnswer(Exception):
-    """The body is not the answer that S3 documents for the request."""
 
 
 def read_answer(
@@ -1148,25 +1081,24 @@ def read_answer(
 ) -> None:
     """Check that the body is an answer to the operation, and parse a listing. One that is not what
     S3 documents becomes a 500 with the code InvalidAnswer, which is tried again."""
-    wanted = ROOTS.get(operation_model.name)
-    if wanted is None or response_dict["status_code"] >= 300:
+    wanted, status = ROOTS.get(operation_model.name), response_dict["status_code"]
+    if wanted is None or status >= 300 or status == wanted:
         return
     try:
         body = response_dict["body"].decode()
         root = re.match(r"\s*(?:<\?xml[^>]*\?>\s*)?<([\w:]+)[^>]*?(/?)>", body)
         if root and root[1] == "Error":
             return  # botocore knows these: S3 answers 200 before it knows that it fails
-        if not root or wanted not in root[1]:
-            raise InvalidAnswer(f"no <{wanted}>")
+        if not root or str(wanted) not in root[1]:
+            raise ValueError(f"no <{wanted}>")
         if not root[2] and not body.rstrip().endswith(f"</{root[1]}>"):
-            raise InvalidAnswer("the end is missing")
+            raise ValueError("the end is missing")
         if wanted == "ListVersionsResult":
             only("IsTruncated", body)
-        if wanted in PARSERS:
-            name, parse = PARSERS[wanted]
-            customized_response_dict[name] = parse(body)
+        if wanted == "ListBucketResult":
+            customized_response_dict["Page"] = parse_listing(body)
             response_dict["body"] = b""
-    except (ElementTree.ParseError, InvalidAnswer, ValueError) as error:
+    except (ElementTree.ParseError, ValueError) as error:
         log.debug("invalid answer from S3: %s", error)
         fault = f"<Code>InvalidAnswer</Code><Message>{type(error).__name__}</Message>"
         response_dict.update(status_code=500, body=f"<Error>{fault}</Error>".encode())
@@ -1188,7 +1120,7 @@ def parse_listing(body: str) -> Page:
     raw, sizes, moments = columns = [column.findall(body) for column in COLUMNS]
     count = int(only("KeyCount", frame))
     if any(len(column) != count for column in columns) or body.count("<Contents>") != count:
-        raise InvalidAnswer("an object without key, size or date, or not as many as KeyCount says")
+        raise ValueError("an object without key, size or date, or not as many as KeyCount says")
     keys = list(map(plain, raw))
     if "<EncodingType>url</EncodingType>" in frame:
         keys = [unquote_plus(k, errors="strict") if "%" in k or "+" in k else k for k in keys]
@@ -1199,37 +1131,27 @@ def parse_listing(body: str) -> Page:
     return Page(keys, sizes, moments, token, only("Name", frame), asked)
 
 
-def parse_deletes(body: str) -> dict[str, Verdict]:
-    """DeleteResult -> what S3 said of each key; of two answers to a key the error counts."""
-    verdicts: dict[str, Verdict] = {}
-    for node in ElementTree.fromstring(body):
-        facts = {child.tag.rpartition("}")[2]: child.text or "" for child in node}
-        if node.tag.endswith("Error"):
-            code = facts.get("Code") or "unknown"
-            verdicts[facts.get("Key", "")] = Verdict(code, facts.get("Message", ""))
-        elif node.tag.endswith("Deleted"):
-            done = Verdict(marker=facts.get("DeleteMarkerVersionId"))
-            verdicts.setdefault(facts.get("Key", ""), done)
-    return verdicts
-
-
-PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "ListBucketResult": ("Page", parse_listing),
-    "DeleteResult": ("Verdicts", parse_deletes),
-}
-
-
 def only(tag: str, text: str) -> str:
     """The text of the only element that is called so."""
     found = re.findall(f"<{tag}>([^<]*)</{tag}>", text)
     if len(found) != 1:
-        raise InvalidAnswer(f"{len(found)} <{tag}>")
+        raise ValueError(f"{len(found)} <{tag}>")
     return plain(found[0])
 
 
 def plain(text: str) -> str:
     """Character data without its XML escapes."""
     return (ElementTree.fromstring(f"<x>{text}</x>").text or "") if "&" in text else text
+
+
+BUCKET_ADVICE = {
+    "NoSuchBucket": "Check --bucket.",
+    "ExpiredToken": "The AWS credentials ended; run again with fresh ones.",
+    "InvalidAccessKeyId": "The AWS access key does not exist: check --profile, the credentials.",
+    "SignatureDoesNotMatch": "The AWS secret key is not that of the access key.",
+    "PermanentRedirect": "Check --region: the bucket is in another one.",
+    "RequestTimeTooSkewed": "Set this host's clock.",
+}
 
 
 @contextmanager
@@ -1245,24 +1167,12 @@ def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
         code, message = facts.get("Code") or "unknown", facts.get("Message") or ""
         advice = f"The AWS identity needs {right}." if code == "AccessDenied" else ""
         advice = advice or BUCKET_ADVICE.get(code, "")
-        raise PurgeError(f"{doing}: {code}: {message.rstrip('.')}. {advice}", code) from error
-    except (HTTPClientError, NoConnection) as error:
-        raise PurgeError(f"{doing}: {error}", "NoAnswer") from error
+        raise PurgeError(f"{doing}: {code}: {message.rstrip('.')}. {advice}", code=code) from error
+    except (HTTPClientError, NoConnection, ResponseParserError) as error:
+        raise PurgeError(f"{doing}: {error}", code="NoAnswer") from error
 
 
-BUCKET_ADVICE = {
-    "NoSuchBucket": "Check --bucket.",
-    "ExpiredToken": "The AWS credentials ended; run again with fresh ones.",
-    "InvalidAccessKeyId": "The AWS access key does not exist: check --profile, the credentials.",
-    "SignatureDoesNotMatch": "The AWS secret key is not that of the access key.",
-    "PermanentRedirect": "Check --region: the bucket is in another one.",
-    "RequestTimeTooSkewed": "Set this host's clock.",
-}
-
-
-# ---------------------------------------------------------------------------------------------
-# Report: what is counted, printed, logged and returned
-# ---------------------------------------------------------------------------------------------
+# --- Report: what is counted, printed, logged and returned ----------------------------------------
 
 
 @dataclass
@@ -1300,23 +1210,23 @@ class Report:
 
     def plan(self, totals: Totals, whole: bool = False, rows: bool = False) -> None:
         """The plan is complete; `whole` if all objects were listed, `rows` if job rows may go."""
-        self.planned = asdict(totals.planned) | {"jobs": totals.expired_jobs if rows else 0}
+        self.planned = {**totals.planned, "jobs": totals.expired_jobs if rows else 0}
         self.missing, self.dangling = totals.missing, totals.dangling if whole else None
 
     def end(self, error: PurgeError | None) -> None:
         """Exit code: of the first error; else 4 if some keys failed, 0 done or nothing to do."""
         if self.error is None:
             self.error = None if error is None else error.message
-            self.exit_code = error.exit_code if error else 4 if self.failed else 0
+            self.exit_code = error.exit_code if error else SOME_FAILED if self.failed else 0
 
     def as_dict(self) -> dict[str, Any]:
-        facts = asdict(self)
-        facts["seconds"] = round(time.monotonic() - self.seconds, 3)
+        facts = vars(self) | {"seconds": round(time.monotonic() - self.seconds, 3)}
         if self.planned is not None:
             ended = self.deleted.objects + self.failed + (0 if self.undoes else self.retained)
             planned = self.planned["expired"] + self.planned["orphan"]
             facts["not_attempted"] = 0 if self.mode.endswith("dry-run") else planned - ended
-        return {RESTORED.get(name, name) if self.undoes else name: facts[name] for name in facts}
+        name = {"deleted": "restored"} if self.undoes else {}
+        return {name.get(key, key): value for key, value in facts.items()}
 
     def as_text(self) -> str:
         """The same for an operator: a line for each fact that is known and was asked for."""
@@ -1339,7 +1249,6 @@ class Report:
         return "\n".join(lines + [ADVICE[key] for key in (advice or "",) if key in ADVICE])
 
 
-RESTORED = {"deleted": "restored"}
 # What the numbers of the summary mean, and what may come next.
 MEANINGS = {
     "cutoff": ": TRIAL jobs completed before it are expired",
@@ -1373,16 +1282,8 @@ def watched(
     a terminal, otherwise (a cron log) with a line a minute. Calls `minutely` as often."""
     started = told = time.monotonic()
     shows = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-    with click.progressbar(
-        repeat(""),
-        length=total,
-        label=phase,
-        show_pos=True,
-        item_show_func=lambda rate: rate,
-        update_min_steps=1,
-        file=sys.stderr,
-        hidden=not shows,
-    ) as bar:
+    settings: dict[str, Any] = {"show_pos": True, "item_show_func": str, "file": sys.stderr}
+    with click.progressbar(repeat(""), total, phase, hidden=not shows, **settings) as bar:
         for count, item in enumerate(items, 1):
             if count % 100 == 0 or count == total:
                 now = time.monotonic()
@@ -1412,12 +1313,9 @@ class Ledger:
         self._broken: OSError | None = None
         self._causes: dict[str, list[str]] = {}  # what happened -> the keys, the first three
         self._counts: Counter[str] = Counter()
-        self._intent, self._done = "delete", "deleted"
-        if report.undoes:
-            self._intent, self._done = "restore", "restored"
 
     def start(self, path: Path, settings: dict[str, Any]) -> None:
-        """Raises UsageError if the file cannot be appended to."""
+        """Raises PurgeError if the file cannot be appended to."""
         try:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self._file = io.FileIO(os.open(path, flags, 0o600), "a+")
@@ -1426,9 +1324,11 @@ class Ledger:
                 if self._file.read() != b"\n":  # a run that was killed left its last line cut
                     self._file.write(b"\n")
         except OSError as error:
-            raise UsageError(f"Cannot write the audit log {path}: {error.strerror}.") from error
-        where = {name: getattr(self.report, name) for name in ("mode", "bucket", "prefix", "table")}
-        self.write("start", [{"version": VERSION, **where, "options": settings}], sync=True)
+            message = f"Cannot write the audit log {path}: {error.strerror}."
+            raise PurgeError(message, USAGE) from error
+        names = ("version", "mode", "bucket", "prefix", "table")
+        facts = {name: getattr(self.report, name) for name in names}
+        self.write("start", [{**facts, "options": settings}], sync=True)
 
     def write(self, event: str, items: Iterable[dict[str, Any]], sync: bool = False) -> None:
         """Append a line for each item. After a failed write nothing more is: the log ends where it
@@ -1449,18 +1349,15 @@ class Ledger:
             reason = f"Cannot write the audit log: {error.strerror}. Mend that and run again."
             raise PurgeError(reason) from error
 
-    def plan(self, totals: Totals, s3_lead: timedelta) -> None:
-        """How far S3's clock is ahead tells an undo which markers are younger than an intent."""
-        lead = {"s3_lead_seconds": s3_lead.total_seconds()}
-        self.write("plan", [self.report.as_dict() | asdict(totals) | lead])
-
     def intend(self, items: list[Candidate]) -> None:
         """Put the keys on disk, before their request. Raises PurgeError if that fails."""
-        self.write(self._intent, map(facts_of, items), sync=True)
+        event = "restore" if self.report.undoes else "delete"
+        self.write(event, map(facts_of, items), sync=True)
 
     def deleted(self, item: Candidate, marker: str | None) -> None:
         self.report.deleted.add(item)
-        self._note(self._done, item, {"version_id": marker} if marker else {})
+        done = "restored" if self.report.undoes else "deleted"
+        self._note(done, item, {"version_id": marker} if marker else {})
 
     def retained(self, item: Candidate, why: str) -> None:
         self.report.retained += 1
@@ -1471,10 +1368,9 @@ class Ledger:
         self._note("failed", item, {"code": verdict.code, "message": verdict.message})
 
     def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
-        if self._file is not None:
-            with suppress(PurgeError):  # the next intent, or the end, will say so
-                self.write(event, [facts_of(item) | more])
-        if event != self._done:
+        with suppress(PurgeError):  # the next intent, or the end, will say so
+            self.write(event, [facts_of(item) | more] if self._file else [])
+        if "message" in more:
             cause = " ".join(f"{event}: {': '.join(more.values())}".split())
             if len(self._causes) >= 20 and cause not in self._causes:
                 cause = f"{event}: other causes"
@@ -1497,9 +1393,7 @@ def facts_of(item: Candidate) -> dict[str, Any]:
     return {name: fact for name, fact in item._asdict().items() if fact is not None}
 
 
-# ---------------------------------------------------------------------------------------------
-# Rounds: the plan is carried out
-# ---------------------------------------------------------------------------------------------
+# --- Rounds: the plan is carried out --------------------------------------------------------------
 
 
 class Pace:
@@ -1535,14 +1429,17 @@ class Pace:
             self._until = self._clock() + self._pause * random.uniform(0.5, 1)
 
 
+NOT_SENT = Verdict("NotSent", "the run stopped before its request left")
+
+
 @dataclass(slots=True)
 class Tried:
     """What became of a key's requests so far; `since` is the moment of its first intent."""
 
-    since: datetime
-    verdict: Verdict
+    since: datetime | None = None
     tries: int = 0
     lost: bool = False  # one of them may yet take effect
+    verdict: Verdict = field(default_factory=lambda: NOT_SENT)
 
 
 class Rounds:
@@ -1557,10 +1454,10 @@ class Rounds:
         self, bucket: Bucket, ledger: Ledger, stop: Stop, pace: Pace, jobs: JobTable | None
     ) -> None:
         self._bucket, self._ledger, self._stop, self._pace = bucket, ledger, stop, pace
-        self._jobs, self._rows, self._advised = jobs, False, False
+        self._jobs, self._advised, self._start = jobs, False, len(bucket.prefix)
         self._scans = jobs is not None and not jobs.indexed
-        self._pending: dict[Candidate, Tried | None] = {}  # of the round, without an end yet
-        self._gone: set[str] = set()  # keys deleted in the round
+        self._pending: dict[Candidate, Tried] = {}  # of the round, without an end yet
+        self._gone: set[str] = set()  # names whose object was deleted in the round
         self._in_flight = 0
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _request, for _settle
 
@@ -1570,10 +1467,11 @@ class Rounds:
         Raises PurgeError, or Interrupted, if the run had to stop: what was in flight is finished
         and accounted for, the rest of the plan not attempted.
         """
-        self._rows = rows
         progress = watched(repeat(None), "deleting" if self._jobs else "restoring", len(plan))
         for items in self._cut(plan):
             self._round(items)
+            if self._jobs is not None and rows:
+                self._delete_rows(items, self._jobs)
             deque(islice(progress, len(items)), maxlen=0)
 
     def _cut(self, plan: Iterable[Candidate]) -> Iterator[list[Candidate]]:
@@ -1593,7 +1491,7 @@ class Rounds:
             yield items
 
     def _round(self, items: list[Candidate]) -> None:
-        self._pending = {item: None for item in items if item.reason in OF_OBJECTS}
+        self._pending = {item: Tried() for item in items if item.reason in OF_OBJECTS}
         self._gone = set()
         try:
             while self._pending:
@@ -1605,14 +1503,12 @@ class Rounds:
                 with suppress(Exception):  # the run stops already, for the first error
                     self._settle()
             self._give_up(1)
-        if self._jobs is not None and self._rows:
-            self._delete_rows(items, self._jobs)
 
     def _attempt(self) -> None:
         """One request for each key of the round that has no end yet, or none if it must stay."""
-        checked = self._recheck(list(self._pending)) if self._scans else 0.0
+        checked = self._recheck([*self._pending]) if self._scans else 0.0
         sent = False
-        for batch in batches(list(self._pending)):
+        for batch in batches([*self._pending]):
             while self._in_flight >= self._bucket.workers:
                 self._settle()
             with self._stop.reading():
@@ -1637,25 +1533,25 @@ class Rounds:
 
     def _recheck(self, items: list[Candidate]) -> float:
         """Ask the table again; keys that must stay get their end. When it was asked."""
-        asked, start = time.monotonic(), len(self._bucket.prefix)
+        asked = time.monotonic()
         if self._jobs is None:
             return asked
         with self._stop.reading():
-            found = self._jobs.referenced({item.key[start:] for item in items})
+            found = self._jobs.referenced({item.key[self._start :] for item in items})
         seconds = time.monotonic() - asked
         if self._scans and seconds > DEAR_RECHECK and not self._advised:
             self._advised = True
             log.warning("a re-check took %.1f s: an index on sourceData would help", seconds)
         for item in items:
-            reference = found.get(item.key[start:])
-            if not may_go(item.reason, reference):
-                tried = self._pending.pop(item)
-                why = "a job refers to it by now" if reference else "its jobs have vanished"
-                if tried is not None and tried.lost:
-                    why += ", and an earlier request had no answer: it may yet be deleted"
-                    self._ledger.failed(item, Verdict("NoAnswer", why))
-                else:
-                    self._ledger.retained(item, why)
+            reference = found.get(item.key[self._start :])
+            if may_go(item.reason, reference):
+                continue
+            why = "a job refers to it by now" if reference else "its jobs have vanished"
+            if self._pending.pop(item).lost:
+                why += ", and an earlier request had no answer: it may yet be deleted"
+                self._ledger.failed(item, Verdict("NoAnswer", why))
+            else:
+                self._ledger.retained(item, why)
         return asked
 
     def _send(self, items: list[Candidate], checked: float) -> None:
@@ -1663,10 +1559,8 @@ class Rounds:
         now = datetime.now(UTC)
         self._ledger.intend(items)
         for item in items:
-            tried = self._pending[item] or Tried(now, Verdict())
-            tried.verdict = Verdict("NotSent", "the run stopped before its request left")
-            tried.tries += 1
-            self._pending[item] = tried
+            tried = self._pending[item]
+            self._pending[item] = Tried(tried.since or now, tried.tries + 1, tried.lost)
         try:
             threading.Thread(target=self._request, args=(items, checked)).start()
         except RuntimeError as error:
@@ -1691,22 +1585,21 @@ class Rounds:
         self._in_flight -= 1
         again = False
         for item, verdict in zip(items, verdicts, strict=True):
-            tried = self._pending[item]
             if not verdict.code:
-                self._end_deleted(item, verdict.marker)
-            elif tried is not None and verdict.code in UNDONE | DOUBTFUL:
-                tried.verdict, again = verdict, True
-                tried.lost |= verdict.code in DOUBTFUL
+                self._deleted(item, verdict.marker)
+            elif verdict.code in UNDONE | DOUBTFUL:
+                self._pending[item].verdict, again = verdict, True
+                self._pending[item].lost |= verdict.code in DOUBTFUL
             else:
                 del self._pending[item]
                 self._ledger.failed(item, verdict)
         self._pace.answered(again)
-        if error is not None and verdicts[0].code not in UNDONE | DOUBTFUL:
+        if error is not None and not again:
             raise error
 
-    def _end_deleted(self, item: Candidate, marker: str | None) -> None:
+    def _deleted(self, item: Candidate, marker: str | None) -> None:
         del self._pending[item]
-        self._gone.add(item.key)
+        self._gone.add(item.key[self._start :])
         self._ledger.deleted(item, marker)
 
     def _look_up_lost(self) -> None:
@@ -1716,29 +1609,28 @@ class Rounds:
         """
         if self._jobs is None or self._ledger.report.versioning != "enabled":
             return
-        lost = [(item, tried) for item, tried in self._pending.items() if tried and tried.lost]
+        lost = [(item, tried.since) for item, tried in self._pending.items() if tried.lost]
         found = self._bucket.each(self._bucket.versions, [item.key for item, _ in lost])
-        for (item, tried), versions in zip(lost, found, strict=True):
+        for (item, since), versions in zip(lost, found, strict=True):
             self._stop.check()
-            if versions and versions[0].hides_since(tried.since + self._bucket.s3_lead):
-                self._end_deleted(item, versions[0].version_id)
+            if since and versions and versions[0].hides_since(since + self._bucket.s3_lead):
+                self._deleted(item, versions[0].version_id)
 
     def _give_up(self, tries: int) -> None:
         """Keys that were tried so often have failed."""
-        for item, tried in list(self._pending.items()):
-            if tried is not None and tried.tries >= tries:
+        for item, tried in [*self._pending.items()]:
+            if tried.tries >= tries:
                 del self._pending[item]
                 self._ledger.failed(item, tried.verdict)
 
     def _delete_rows(self, items: list[Candidate], jobs: JobTable) -> None:
         """Delete the rows of expired jobs whose object is gone in this round, was listed as absent,
         or is kept by a remaining job. Raises Interrupted between two statements."""
-        start = len(self._bucket.prefix)
-        shared = {item.key[start:] for item in items if item.reason == Reason.SHARED}
-        names = {item.key[start:] for item in items if item.reason == Reason.MISSING}
-        names |= {key[start:] for key in self._gone}
+        shared = {item.key[self._start :] for item in items if item.reason == Reason.SHARED}
+        names = {item.key[self._start :] for item in items if item.reason == Reason.MISSING}
         with self._stop.reading():
             found = jobs.referenced(shared) if shared else {}
+        names |= self._gone
         names |= {name for name, item in found.items() if item.expired < item.jobs}
         more = bool(names)
         while more:
@@ -1747,32 +1639,31 @@ class Rounds:
             before = self._ledger.report.jobs_deleted
             for chunk in chunks(rows, ROWS_A_COMMIT):
                 self._stop.check()
-                facts = [row._asdict() | {"key": self._bucket.prefix + row.name} for row in chunk]
+                facts = [
+                    {"job_id": row[0], "completed_at": row[1], "key": self._bucket.prefix + row[2]}
+                    for row in chunk
+                ]
                 self._ledger.write("delete-job", facts, sync=True)
                 self._ledger.report.jobs_deleted += jobs.delete(chunk)
             more = len(rows) == ROWS and self._ledger.report.jobs_deleted > before
 
 
-# ---------------------------------------------------------------------------------------------
-# Undo
-# ---------------------------------------------------------------------------------------------
+# --- Undo -----------------------------------------------------------------------------------------
 
-
-class Intent(NamedTuple):
-    """A key that a run meant to delete, first at the moment `since` of S3's clock, and the delete
-    marker that the answer named, if one is on record."""
-
-    item: Candidate
-    since: datetime
-    marker: str | None
+# A key that a run meant to delete, first at what moment of S3's clock, and the delete marker that
+# the answer named, if one is on record.
+Intent = tuple[Candidate, datetime, str | None]
 
 
 def read_audit_log(path: Path) -> sqlite3.Connection:
-    """The events of an audit log, on disk. A cut line, which a killed run leaves, is skipped with a
-    warning. Raises UsageError if the file cannot be read, Refused if it is no audit log."""
+    """The events of an audit log, in an unnamed file in TMPDIR. A cut line, which a killed run
+    leaves, is skipped with a warning. Raises PurgeError if the file cannot be read, or is no audit
+    log."""
     fields = ["event", "run_id", "time", "bucket", "key", "reason", "size", "last_modified"]
     fields += ["version_id", "s3_lead_seconds"]
-    events, number = scratch(f"events ({', '.join(fields)})"), 0
+    events, number = sqlite3.connect("", isolation_level=None, check_same_thread=False), 0
+    for sql in ("PRAGMA journal_mode = OFF", "BEGIN", f"CREATE TABLE events ({','.join(fields)})"):
+        events.execute(sql)
     sql = f"INSERT INTO events VALUES ({', '.join('?' for _ in fields)})"
     try:
         with path.open("rb") as file:
@@ -1785,32 +1676,33 @@ def read_audit_log(path: Path) -> sqlite3.Connection:
                 datetime.fromisoformat(event["time"])
                 events.execute(sql, [event.get(name) for name in fields])
     except OSError as error:
-        raise UsageError(f"Cannot read the audit log {path}: {error.strerror}.") from error
+        raise PurgeError(f"Cannot read the audit log {path}: {error.strerror}.", USAGE) from error
     except (AttributeError, KeyError, TypeError, ValueError, sqlite3.InterfaceError) as error:
-        raise Refused(f"{path}, line {number}: not of an audit log of this tool.") from error
+        message = f"{path}, line {number}: not of an audit log of this tool."
+        raise PurgeError(message, REFUSED) from error
     return events
 
 
 def choose_run(events: sqlite3.Connection, run_id: str | None, bucket: str) -> tuple[str, int]:
-    """The run to undo, and of how many objects. Raises Refused if it is not to be told, or is one
-    of another bucket."""
+    """The run to undo, and of how many objects. Raises PurgeError if the log does not tell, or if
+    it is one of another bucket."""
     sql = "SELECT run_id, MIN(time), COUNT(DISTINCT key) FROM events WHERE event = 'delete' "
     sql += "GROUP BY 1 ORDER BY 2"
     found = {run: (since, count) for run, since, count in events.execute(sql)}
     known = "; ".join(f"{since} {run} {count}" for run, (since, count) in found.items())
     if run_id is None and not found:
-        raise Refused("The audit log holds no run that deleted: there is nothing to undo.")
+        message = "The audit log holds no run that deleted: there is nothing to undo."
+        raise PurgeError(message, REFUSED)
     if run_id is None and len(found) > 1:
-        raise Refused(
-            f"The audit log holds {len(found)} runs that deleted: name one with --run-id. "
-            f"Time, run id and objects of each: {known}."
-        )
+        message = f"The audit log holds {len(found)} runs that deleted: name one with --run-id. "
+        raise PurgeError(f"{message}Time, run id and objects of each: {known}.", REFUSED)
     chosen = run_id or next(iter(found))
     sql = "SELECT bucket FROM events WHERE event = 'start' AND run_id = ?"
     place = events.execute(sql, (chosen,)).fetchone()
     if place != (bucket,):
         of = f"of bucket {place[0]}, not {bucket}" if place else f"not in it. It holds: {known}"
-        raise Refused(f"The audit log is not of that run and bucket: run {chosen} is {of}.")
+        message = f"The audit log is not of that run and bucket: run {chosen} is {of}."
+        raise PurgeError(message, REFUSED)
     return chosen, found.get(chosen, ("", 0))[1]
 
 
@@ -1822,9 +1714,8 @@ def intents_of(events: sqlite3.Connection, run_id: str) -> Iterator[Intent]:
         "SELECT key, reason, size, last_modified, MIN(time), MAX(version_id) FROM events "
         "WHERE run_id = ? AND event IN ('delete', 'deleted') GROUP BY key"
     )
-    for *known, time_, marker in events.execute(sql, (run_id,)):
-        since = datetime.fromisoformat(time_) + timedelta(seconds=lead)
-        yield Intent(Candidate(*known), since, marker)
+    for *known, since, marker in events.execute(sql, (run_id,)):
+        yield Candidate(*known), datetime.fromisoformat(since) + timedelta(seconds=lead), marker
 
 
 def plan_undo(
@@ -1833,7 +1724,7 @@ def plan_undo(
     """The delete markers to remove: each hides its key, is the run's, and has a version below.
     Anything else is left alone, and counted."""
     for chunk in chunks(intents, PAGE):
-        found = bucket.each(bucket.versions, [intent.item.key for intent in chunk])
+        found = bucket.each(bucket.versions, [item.key for item, *_ in chunk])
         for (item, since, marker), versions in zip(chunk, found, strict=True):
             latest, below = (*versions, None, None)[:2]
             if latest is not None and not latest.is_marker:
@@ -1847,9 +1738,7 @@ def plan_undo(
                 yield item._replace(version_id=latest.version_id)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def moment(text: str) -> datetime:
@@ -1945,14 +1834,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(
-    context_settings={
-        "auto_envvar_prefix": VARIABLES.rstrip("_"),
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 80,
-    },
-    epilog=EPILOG,
-)
+CONTEXT = {
+    "auto_envvar_prefix": VARIABLES.rstrip("_"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 80,
+}
+
+
+@click.command(context_settings=CONTEXT, epilog=EPILOG)
 @with_options
 @click.version_option(VERSION, message="%(prog)s %(version)s", allow_from_autoenv=False)
 @click.pass_context
@@ -1972,12 +1861,11 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     try:
         stop.listen()
         report.end(outcome(lambda: carry_out(given, ledger, stop)))
-        stop.note()
     except Interrupted:  # here, so that no moment of the run is without a catcher
         name = signal.Signals(stop.received).name
         report.error = f"Stopped by {name}; run again to finish the work."
         report.exit_code = 128 + stop.received  # as shells have it
-    if given["manifest"] and report.exit_code == Refused.exit_code:
+    if given["manifest"] and report.exit_code == REFUSED:
         given["manifest"].unlink(missing_ok=True)  # an earlier run's
     finish(ledger, given)
     ctx.exit(report.exit_code)
@@ -1985,29 +1873,25 @@ def main(ctx: click.Context, /, **given: Any) -> None:
 
 def check_usage(given: dict[str, Any]) -> None:
     """What click cannot check for a single option: variables, required options, files."""
-    names = [names.split()[-1] for names, *_ in OPTIONS]
-    known = {
-        VARIABLES + name[2:].replace("-", "_").upper() for name in {*names} - {*COMMAND_LINE_ONLY}
-    }
-    known.add(PASSWORD_VARIABLE)
+
+    def check(fine: bool, message: str) -> None:
+        if not fine:
+            raise PurgeError(message, USAGE)
+
+    names = {names.split()[-1] for names, *_ in OPTIONS} - {*COMMAND_LINE_ONLY}
+    known = {VARIABLES + name[2:].replace("-", "_").upper() for name in names} | {PASSWORD_VARIABLE}
     for name in sorted(name for name in os.environ if name.startswith(VARIABLES)):
-        if name not in known:
-            nearest = get_close_matches(name, known, 1, 0)[0]
-            raise UsageError(f"{name} is no option's variable: do you mean {nearest}?")
-        if not os.environ[name].strip():
-            raise UsageError(f"{name} is empty: give it a value, or unset it.")
+        nearest = get_close_matches(name, known, 1, 0)[0]
+        check(name in known, f"{name} is no option's variable: do you mean {nearest}?")
+        check(bool(os.environ[name].strip()), f"{name} is empty: give it a value, or unset it.")
     for name in NEEDED[3 if given["undo"] else 0 :]:
-        if given[name] is None:
-            raise UsageError(f"Missing option '--{name.replace('_', '-')}'.")
-    if given["run_id"] and not given["undo"]:
-        raise UsageError("--run-id goes with --undo.")
+        check(given[name] is not None, f"Missing option '--{name.replace('_', '-')}'.")
+    check(not given["run_id"] or given["undo"] is not None, "--run-id goes with --undo.")
     files = [path.resolve() for path in (given["manifest"], given["audit_log"]) if path]
-    if len(files) > len(set(files)):
-        raise UsageError("--manifest and --audit-log must be two files.")
-    if given["manifest"] and given["manifest"].exists() and not given["manifest"].is_file():
-        raise UsageError("--manifest must be a file.")
-    if given["max_percent"] != given["max_percent"]:
-        raise UsageError("--max-percent must be a number.")
+    check(len(files) == len(set(files)), "--manifest and --audit-log must be two files.")
+    target = given["manifest"]
+    check(not target or not target.exists() or target.is_file(), "--manifest must be a file.")
+    check(given["max_percent"] == given["max_percent"], "--max-percent must be a number.")
 
 
 def set_up_output(verbose: bool, quiet: bool) -> None:
@@ -2030,52 +1914,56 @@ def outcome(action: Callable[[], None]) -> PurgeError | None:
     """Do it; the error that ended it, in one line, whatever it was."""
     try:
         action()
+    except PurgeError as error:
+        log.debug("stopped", exc_info=True)
+        return error
+    except BotoCoreError as error:
+        usage = type(error).__name__ in ("ProfileNotFound", "NoCredentialsError", "NoRegionError")
+        advice = f"{str(error).rstrip('.')}. Check AWS credentials, --profile, --region."
+        return PurgeError(advice, USAGE if usage else FAILED)
     except Exception as error:
         log.debug("stopped", exc_info=True)
-        if isinstance(error, PurgeError):
-            return error
-        if isinstance(error, BotoCoreError):
-            usage = type(error).__name__ in (
-                "ProfileNotFound",
-                "NoCredentialsError",
-                "NoRegionError",
-            )
-            advice = f"{str(error).rstrip('.')}. Check AWS credentials, --profile, --region."
-            return UsageError(advice) if usage else PurgeError(advice)
-        if isinstance(error, sqlite3.Error):
-            advice = "Free some space in TMPDIR, or point TMPDIR elsewhere."
-            return PurgeError(f"Cannot write a spool file: {error}. {advice}")
         return PurgeError(f"Unexpected {type(error).__name__}: {error}. -v shows where.")
     return None
 
 
 def carry_out(given: dict[str, Any], ledger: Ledger, stop: Stop) -> None:
     """Make of the command line what the parts of the run need, and run. Raises PurgeError."""
-    report = ledger.report
-    if given["audit_log"] and not given["dry_run"]:
-        settings = {name: value for name, value in given.items() if value is not None}
-        ledger.start(given["audit_log"], settings)
-    session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
-    with closing(Bucket(session, report, given["workers"], stop)) as bucket:
-        bucket.look()
-        enabled = report.versioning == "enabled"
-        report.recoverable = enabled and given["audit_log"] is not None and not given["undo"]
-        if given["undo"]:
-            undo(bucket, ledger, stop, given)
-            return
-        password = os.environ.get(PASSWORD_VARIABLE)
-        if password is None and not session.region_name:
-            raise UsageError("No AWS region: give --region, that of the database.")
-        address = given["db_host"], given["db_port"], given["db_user"]
-        tls = tls_settings(given["ca_bundle"], password is not None and is_loopback(address[0]))
+    report, dry_run = ledger.report, given["dry_run"]
+    with ExitStack() as stack:
+        with stop.reading():
+            if given["audit_log"] and not dry_run:
+                options = {name: value for name, value in given.items() if value is not None}
+                ledger.start(given["audit_log"], options)
+            session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
+            bucket = stack.enter_context(closing(Bucket(session, report, given["workers"], stop)))
+            bucket.look()
+            enabled, jobs = report.versioning == "enabled", None
+            report.recoverable = enabled and bool(given["audit_log"]) and not given["undo"]
+            if given["undo"]:
+                candidates = prepare_undo(bucket, ledger, given)
+            else:
+                connection = stack.enter_context(closing(log_in(session, given)))
+                jobs, candidates = prepare_purge(bucket, ledger, connection, given)
+        if not dry_run:
+            rounds = Rounds(bucket, ledger, stop, Pace(given["max_rate"]), jobs)
+            rounds.run(candidates, given["delete_jobs"])
 
-        def secret() -> str:
-            if password is not None:
-                return password
-            return session.client("rds").generate_db_auth_token(*address)
 
-        with closing(connect(*address, given["db_name"], secret, tls)) as connection:
-            purge(bucket, ledger, stop, connection, given)
+def log_in(session: boto3.Session, given: dict[str, Any]) -> Any:
+    """Connect to the database, with an IAM token or the password. Raises PurgeError."""
+    password = os.environ.get(PASSWORD_VARIABLE)
+    if password is None and not session.region_name:
+        raise PurgeError("No AWS region: give --region, that of the database.", USAGE)
+    address = given["db_host"], given["db_port"], given["db_user"]
+    tls = tls_settings(given["ca_bundle"], password is not None and address[0] in LOOPBACK)
+
+    def secret() -> str:
+        if password is not None:
+            return password
+        return session.client("rds").generate_db_auth_token(*address)
+
+    return connect(*address, given["db_name"], secret, tls)
 
 
 def table_place(given: dict[str, Any]) -> tuple[str, str]:
@@ -2087,11 +1975,11 @@ def table_place(given: dict[str, Any]) -> tuple[str, str]:
 def policy_of(given: dict[str, Any], now: datetime) -> Policy:
     """The rules at the moment `now` of the database's clock (aware UTC).
 
-    Raises Refused for `--as-of` in the future, where jobs would expire before their time.
+    Raises PurgeError for `--as-of` in the future, where jobs would expire before their time.
     """
     as_of = given["as_of"] or now.replace(microsecond=0)
     if as_of > now:
-        raise Refused(f"--as-of {as_of} is later than the database clock, {now}.")
+        raise PurgeError(f"--as-of {as_of} is later than the database clock, {now}.", REFUSED)
     grace = timedelta(days=given["orphan_grace_days"])
     return Policy(
         cutoff=as_of - timedelta(days=given["retention_days"]),
@@ -2101,11 +1989,11 @@ def policy_of(given: dict[str, Any], now: datetime) -> Policy:
     )
 
 
-def purge(
-    bucket: Bucket, ledger: Ledger, stop: Stop, connection: Connection, given: dict[str, Any]
-) -> None:
-    """The run; see the top of this file. Raises PurgeError."""
-    report, place = ledger.report, table_place(given)
+def prepare_purge(
+    bucket: Bucket, ledger: Ledger, connection: Any, given: dict[str, Any]
+) -> tuple[JobTable, Spool[Candidate]]:
+    """All of a run that only reads: lock, plan, guards. Raises PurgeError if it may not go on."""
+    report, place, totals = ledger.report, table_place(given), Totals()
     if not given["dry_run"]:
         take_lock(connection, bucket.name, bucket.prefix, ".".join(place))
     ((now,),) = query(connection, "Cannot ask the database's clock", "SELECT UTC_TIMESTAMP(6)")
@@ -2114,30 +2002,28 @@ def purge(
     policy = policy_of(given, now)
     report.cutoff = policy.cutoff.isoformat()
     jobs = JobTable(connection, place, policy.cutoff)
-    totals = Totals()
     candidates = make_plan(bucket, jobs, policy, totals)
     report.plan(totals, given["orphans"], policy.rows)
-    ledger.plan(totals, bucket.s3_lead)
+    # How far S3's clock is ahead tells an undo which markers are younger than an intent.
+    lead = {"s3_lead_seconds": bucket.s3_lead.total_seconds()}
+    ledger.write("plan", [report.as_dict() | vars(totals) | lead])
     reasons = [*clocks, *refusals(totals, policy, given["max_objects"], given["max_percent"])]
     reasons += wrong_place(totals, jobs, bucket)
     reasons += jobs.row_refusals() if policy.rows else []
     if given["dry_run"]:
         show_plan(candidates, given)
     if reasons:
-        raise Refused(f"Refused, nothing was deleted: {'; '.join(reasons)}.")
+        raise PurgeError(f"Refused, nothing was deleted: {'; '.join(reasons)}.", REFUSED)
     if given["manifest"]:
         write_manifest(candidates, bucket.name, given["manifest"])
-    if not given["dry_run"]:
-        stop.note()
-        Rounds(bucket, ledger, stop, Pace(given["max_rate"]), jobs).run(candidates, policy.rows)
+    return jobs, candidates
 
 
 def make_plan(bucket: Bucket, jobs: JobTable, policy: Policy, totals: Totals) -> Spool[Candidate]:
     """Read the table, list what the policy needs of the bucket, merge, and keep the plan."""
     whole, start = policy.orphans_before is not None, len(policy.prefix)
     log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
-    rows = read_references(jobs, policy, totals)
-    references = Spool(Reference, watched(rows, "reading references"))
+    references = Spool(watched(read_references(jobs, policy, totals), "reading references"))
     log.info("%d keys are expired, %d stay; listing the bucket", totals.expired, totals.remaining)
 
     def is_doubtful(key: str) -> bool:
@@ -2145,13 +2031,15 @@ def make_plan(bucket: Bucket, jobs: JobTable, policy: Policy, totals: Totals) ->
         Unicode normalisation of it."""
         name = key[start:]
         forms = {normalize(form, name) for form in ("NFC", "NFD")} - {name}
-        others = (references.has(policy.prefix + form) for form in forms)
-        return not jobs.can_hold(name) or any(others)
+        keys = [policy.prefix + form for form in forms]
+        return not jobs.can_hold(name) or any(map(references.has, keys))
 
-    pairs, total = bucket.pairs(references, whole), None if whole else len(references)
+    pairs = outer_join(references, bucket.objects(references, whole))
+    total = None if whole else len(references)
     pairs = watched(pairs, "listing", total, minutely=jobs.ping)
-    candidates = Spool(Candidate, plan(pairs, policy, totals, is_doubtful))
-    log.info("planned: %d objects, %d bytes", totals.planned.objects, totals.planned.bytes)
+    candidates = Spool(plan(pairs, policy, totals, is_doubtful))
+    planned = totals.planned
+    log.info("planned: %d objects, %d bytes", planned.objects, planned["bytes"])
     if whole and totals.dangling:
         log.warning("%d keys of remaining jobs have no object: lost data?", totals.dangling)
     if totals.doubtful:
@@ -2173,21 +2061,21 @@ def wrong_place(totals: Totals, jobs: JobTable, bucket: Bucket) -> Iterator[str]
             )
 
 
-def undo(bucket: Bucket, ledger: Ledger, stop: Stop, given: dict[str, Any]) -> None:
-    """Remove the delete markers of one run, so that objects are live again. Raises PurgeError."""
+def prepare_undo(bucket: Bucket, ledger: Ledger, given: dict[str, Any]) -> Spool[Candidate]:
+    """The delete markers of one run, to be removed, so that objects are live again. Raises
+    PurgeError."""
     report, totals = ledger.report, Totals()
     if report.versioning == "off":
-        raise Refused(f"Bucket {bucket.name} is not versioned: there is nothing to undo.")
+        message = f"Bucket {bucket.name} is not versioned: there is nothing to undo."
+        raise PurgeError(message, REFUSED)
     events = read_audit_log(given["undo"])
     chosen, count = choose_run(events, given["run_id"], bucket.name)
     intents = watched(intents_of(events, chosen), "looking for delete markers", count)
-    candidates = Spool(Candidate, plan_undo(intents, bucket, totals, ledger))
+    candidates = Spool(plan_undo(intents, bucket, totals, ledger))
     report.plan(totals)
-    if not given["dry_run"]:
-        stop.note()
-        Rounds(bucket, ledger, stop, Pace(given["max_rate"]), None).run(candidates)
-    else:
+    if given["dry_run"]:
         show_plan(candidates, given)
+    return candidates
 
 
 def show_plan(candidates: Iterable[Candidate], given: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def test_plan_is_what_the_rules_say_key_by_key(table, objects, shared, grace, ro
     )
     going = (expired & {*objects}) | (orphans - doubtful)
     assert len(planned) == len({c.key for c in planned})
-    assert (totals.planned.objects, totals.planned.bytes) == (len(going), sum(map(len, going)))
+    assert (totals.planned.objects, totals.planned["bytes"]) == (len(going), sum(map(len, going)))
     assert totals.jobs == sum(map(sum, table.values()))
     assert totals.expired_jobs == sum(some for some, _ in table.values())
     assert (totals.expired, totals.remaining) == (len(expired), len(table) - len(expired))
@@ -158,8 +158,9 @@ def test_a_printed_key_is_one_line_and_unmistakable(key):
 def refused(
     percent: float, limit: int | None = None, orphans: bool = False, rows: bool = False, **seen: int
 ) -> str:
-    planned = rp.Tally(expired=seen.pop("planned", 0))
-    totals = rp.Totals(planned=planned, **seen)
+    planned = seen.pop("planned", 0)
+    totals = rp.Totals(**seen)
+    totals.planned["expired"] = planned
     return "; ".join(rp.refusals(totals, policy(7 if orphans else None, rows), limit, percent))
 
 

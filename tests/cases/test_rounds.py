@@ -41,20 +41,20 @@ class WaywardBucket:
             assert {item.key for item in items} <= self.book.intended
             mood = self.dice.choice(self.moods)
             if mood == "not sent":
-                raise rp.NotSent("too old")
+                raise rp.PurgeError("too old", code="NotSent")
             if mood == "refused":
-                raise rp.PurgeError("denied", "AccessDenied")
+                raise rp.PurgeError("denied", code="AccessDenied")
             if mood == "bug":
                 raise ZeroDivisionError
             if mood == "busy":
-                raise rp.PurgeError("slow down", "SlowDown")
+                raise rp.PurgeError("slow down", code="SlowDown")
             if mood == "late":
                 self.late |= {item.key for item in items}
             if mood in ("late", "lost before"):
-                raise rp.PurgeError("reset", "NoAnswer")
+                raise rp.PurgeError("reset", code="NoAnswer")
             verdicts = [self._one(item, mood) for item in items]
             if mood == "lost after":
-                raise rp.PurgeError("reset", "NoAnswer")
+                raise rp.PurgeError("reset", code="NoAnswer")
             return verdicts
 
     def _one(self, item: rp.Candidate, mood: str) -> rp.Verdict:
@@ -92,7 +92,7 @@ class WaywardTable:
     def ping(self) -> None:
         self.asked += 1
         if self.breaks_after is not None and self.asked > self.breaks_after:
-            raise rp.PurgeError("gone", "2013")
+            raise rp.PurgeError("gone", code="2013")
 
     def referenced(self, names: Iterable[str]) -> dict[str, rp.Reference]:
         self.ping()
@@ -110,10 +110,10 @@ class WaywardTable:
 
     def expired_rows(self, names: Iterable[str]) -> list[rp.JobRow]:
         found = [name for name in names if PREFIX + name in self.rows]
-        return [rp.JobRow(f"job {name}", "then", name) for name in found[: rp.ROWS]]
+        return [(f"job {name}", "then", name) for name in found[: rp.ROWS]]
 
     def delete(self, rows: list[rp.JobRow]) -> int:
-        self.rows -= {PREFIX + row.name for row in rows}
+        self.rows -= {PREFIX + name for _, _, name in rows}
         return len(rows)
 
 
@@ -224,7 +224,7 @@ def test_every_key_ends_exactly_once(
     stop = StopAfter(stops_after)
     finished = False
     with suppress(rp.PurgeError, rp.Interrupted, ZeroDivisionError):
-        spool = rp.Spool(rp.Candidate, plan)
+        spool = rp.Spool(plan)
         rp.Rounds(bucket, book, stop, rp.Pace(0), table).run(spool, rows)
         finished = True
 
@@ -303,7 +303,7 @@ def test_how_a_key_ends(jobs, moods, end, why):
     book = Book(report_of(plan))
     table: Any = Table(*jobs)
     bucket: Any = Bucket(*moods, book=book)
-    rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(rp.Spool(rp.Candidate, plan))
+    rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(rp.Spool(plan))
     assert book.ends == {plan[0].key: [end]}
     assert why is None or [found for found in book.whys if why in found]
     assert (table.answers, bucket.moods) == ([], [])
@@ -316,7 +316,7 @@ def test_an_orphan_that_any_job_took_in_since_is_kept(reason, jobs, end):
     book = Book(report_of(plan))
     table, bucket = Table(jobs), Bucket("well", book=book)
     rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(  # type: ignore[arg-type]
-        rp.Spool(rp.Candidate, plan)
+        rp.Spool(plan)
     )
     assert book.ends == {plan[0].key: [end]}
 
@@ -339,7 +339,7 @@ def test_a_thread_that_cannot_start_stops_the_run_and_it_still_adds_up(monkeypat
 
     monkeypatch.setattr(threading.Thread, "start", few)
     with pytest.raises(rp.PurgeError, match="lower --workers"):
-        rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(rp.Spool(rp.Candidate, plan))
+        rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(rp.Spool(plan))
     left_over = report.as_dict()["not_attempted"]
     assert (len(book.of("deleted")), report.failed + left_over) == (8, 12)
     assert set(bucket.gone) == book.of("deleted")

@@ -21,7 +21,7 @@ def records() -> list[rp.Reference]:
 
 @pytest.fixture(scope="module")
 def spool(records: list[rp.Reference]) -> rp.Spool[rp.Reference]:
-    return rp.Spool(rp.Reference, iter(records))
+    return rp.Spool(iter(records))
 
 
 def test_it_gives_back_what_it_was_filled_with_to_several_readers_at_once(spool, records):
@@ -45,12 +45,12 @@ def test_it_knows_its_keys(spool):
     assert spool.has("00000")
     assert spool.has("02499")
     assert not any(map(spool.has, ("", "0", "00000x", "02500")))
-    assert not rp.Spool(rp.Reference, []).has("k")
+    assert not rp.Spool([]).has("k")
 
 
 @pytest.mark.parametrize("key", ["a\0b", "\ud7ff", "\uffff", "\U0010ffff", " ", "é", "e\u0301"])
 def test_odd_keys_come_back_as_they_were(key):
-    assert list(rp.Spool(rp.Reference, [rp.Reference(key, 1, 1)])) == [(key, 1, 1)]
+    assert list(rp.Spool([rp.Reference(key, 1, 1)])) == [(key, 1, 1)]
 
 
 @pytest.fixture
