@@ -32,6 +32,7 @@ Rounds._round accounts for what is in flight -> main -> Ledger.end -> exit code 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -53,7 +54,6 @@ import uuid
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -77,6 +77,7 @@ from botocore.parsers import ResponseParserError
 from pymysql.cursors import SSCursor
 
 T = TypeVar("T")
+Record = TypeVar("Record", bound=tuple[Any, ...])
 
 log = logging.getLogger("retention_purge")
 
@@ -94,8 +95,8 @@ FIRST_TIMESTAMP = "1970-01-01 00:00:01"
 # Without --orphans, a page with fewer wanted keys is not worth its parsing: each key is sought by
 # itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
 SPARSE, SEEK = 25, 10
-# Records in a block of a spool file, references in a part of the listing, pages read ahead of it.
-BLOCK, PART, AHEAD = 1000, 5000, 4
+# Records in a block of a spool file, references in a part of the listing, pages of it read ahead.
+BLOCK, PART, AHEAD = 1000, 5000, 3
 SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys are missing
 MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
 # Seconds. A login and a re-check may not take long; the grouped query may sort for an hour before
@@ -109,7 +110,7 @@ MAX_RECHECK_AGE, DEAR_RECHECK = 30, 0.5
 # Without an index a re-check scans the table, whatever is asked, so that one serves a long round:
 # what --max-rate lets out in these seconds, up to so many keys and so many bytes of SQL (the
 # smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
-ROUND_SECONDS, ROUND_KEYS, ROUND_BYTES = 10, 30 * BATCH, 2_000_000
+ROUND_SECONDS, ROUND_KEYS, ROUND_BYTES = 10, 25 * BATCH, 2_000_000
 # Job rows read at a time, and deleted in one statement, which is one transaction.
 ROWS, ROWS_A_COMMIT = 5000, 200
 # A key that S3 cannot delete just now is tried so often, each time after a new re-check, after a
@@ -229,7 +230,7 @@ class Candidate(NamedTuple):
     """A planned delete; `size` in bytes, `last_modified` in ISO 8601, as it is printed."""
 
     key: str
-    reason: str  # a Reason
+    reason: str  # the value of a Reason
     size: int = 0
     last_modified: str = ""
     version_id: str | None = None  # in an undo: of the delete marker to remove
@@ -263,10 +264,8 @@ class Policy:
 
 
 def may_go(reason: str, found: Reference | None) -> bool:
-    """Whether an object may still go, by what the re-check found of its key.
-
-    An expired key whose rows have vanished since may not: they may come back (a reload).
-    """
+    """Whether an object may still go, by what the re-check found of its key. An expired key whose
+    rows have vanished since may not: they may come back (a reload)."""
     if reason == Reason.ORPHAN:
         return found is None
     return found is not None and found.expired == found.jobs > 0
@@ -279,7 +278,7 @@ class Tally(Counter[str]):
         super().__init__(expired=0, orphan=0, bytes=0)
 
     def add(self, item: Candidate) -> None:
-        self[str(item.reason)] += 1
+        self[item.reason] += 1
         self["bytes"] += item.size
 
     @property
@@ -308,10 +307,8 @@ Pair = tuple[Reference | None, S3Object | None]
 
 def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> Iterator[Pair]:
     """Pair two ascending streams by key, in constant memory; None where a side lacks the key.
-
     Raises PurgeError where the listing does not ascend: a referenced object would pass for an
-    orphan.
-    """
+    orphan."""
     names, found, last = iter(references), iter(objects), ""
     reference, item = next(names, None), next(found, None)
     while reference is not None or item is not None:
@@ -338,10 +335,8 @@ def out_of_order(source: str, key: str, last: str) -> PurgeError:
 def plan(
     pairs: Iterable[Pair], policy: Policy, totals: Totals, is_doubtful: Callable[[str], bool]
 ) -> Iterator[Candidate]:
-    """What may go, in key order; `totals` grows as the plan is drawn.
-
-    `is_doubtful` tells the keys of orphans that a job may mean, though it spells them otherwise.
-    """
+    """What may go, in key order; `totals` grows as the plan is drawn. `is_doubtful` tells the keys
+    of orphans that a job may mean, though it spells them otherwise."""
     for reference, item in pairs:
         reason = policy.reason(reference, item)
         if item is None:
@@ -349,17 +344,17 @@ def plan(
             totals.missing += absent
             totals.dangling += not absent
             if reason is not None and reference is not None:
-                yield Candidate(reference.key, reason)
+                yield Candidate(reference.key, reason.value)
             continue
         totals.listed += 1
         totals.known += reference is not None
         if reason is Reason.ORPHAN and is_doubtful(item.key):
             totals.doubtful += 1
         elif reason is Reason.SHARED:
-            yield Candidate(item.key, reason)
+            yield Candidate(item.key, reason.value)
         elif reason is not None:
             modified = datetime.fromisoformat(item.last_modified).isoformat()
-            candidate = Candidate(item.key, reason, int(item.size), modified)
+            candidate = Candidate(item.key, reason.value, int(item.size), modified)
             totals.planned.add(candidate)
             yield candidate
 
@@ -396,13 +391,12 @@ def clock_refusals(database: timedelta, s3: timedelta) -> Iterator[str]:
 
 
 def just_before(key: str) -> str:
-    """A string below `key` with next to no key between: `StartAfter` excludes what it names.
-
-    Cut before the first character that XML cannot carry, as a listing's answer may repeat it.
-    """
+    """A string below `key` with next to no key between: `StartAfter` excludes what it names. Cut
+    before the first character that XML cannot carry, as a listing's answer may repeat it."""
     odd = NOT_XML.search(key)
     if odd:
-        return key[: odd.start()]
+        low = key[: odd.start()] + "\ufffd\U0010ffff" * (odd[0] > "\ufffd")
+        return low if len(low.encode()) <= KEY_BYTES else key[: odd.start()]
     head, last = key[:-1], ord(key[-1])
     below = chr(0xD7FF if last == 0xE000 else last - 1)
     seek = f"{head}{below}\U0010ffff"
@@ -425,9 +419,9 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def ahead(streams: Iterable[Iterable[T]], width: int) -> Iterator[T]:
+def ahead(streams: Iterable[Iterable[T]], width: int, depth: int = 0) -> Iterator[T]:
     """The items of all streams, one stream after the other; up to `width` of them are drawn at the
-    same time, each in a thread of its own, AHEAD items ahead. Raises what they raise."""
+    same time, each in a thread of its own, `depth` items ahead (0: all). Raises what they raise."""
 
     def draw(stream: Iterable[T], results: queue.Queue[Any]) -> None:
         error: BaseException = StopIteration()
@@ -441,7 +435,7 @@ def ahead(streams: Iterable[Iterable[T]], width: int) -> Iterator[T]:
     waiting, running = iter(streams), deque[queue.Queue[Any]]()
     while True:
         for stream in islice(waiting, width - len(running)):
-            running.append(queue.Queue(AHEAD))
+            running.append(queue.Queue(depth))
             threading.Thread(target=draw, args=(stream, running[-1]), daemon=True).start()
         if not running:
             return
@@ -454,44 +448,45 @@ def ahead(streams: Iterable[Iterable[T]], width: int) -> Iterator[T]:
             raise error
 
 
-@contextmanager
-def spool_errors() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        advice = "Free some space in TMPDIR, or point TMPDIR elsewhere."
-        raise PurgeError(f"Cannot write a spool file: {error}. {advice}") from error
+def no_space(error: Exception) -> PurgeError:
+    advice = "Free some space in TMPDIR, or point TMPDIR elsewhere."
+    return PurgeError(f"Cannot write a spool file: {error}. {advice}")
 
 
-class Spool(Generic[T]):
-    """Records in an unnamed file in TMPDIR, which vanishes with the process: written once, then
-    read in order as often as needed; safe to read from several threads. Raises PurgeError."""
+class Spool(Generic[Record]):
+    """Named tuples in an unnamed file in TMPDIR, which vanishes with the process: written once,
+    then read in order as often as needed; safe to read from several threads. Raises PurgeError."""
 
-    def __init__(self, records: Iterable[T]) -> None:
+    def __init__(self, records: Iterable[Record]) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._ends, self._count = [0], 0
         for block in chunks(records, BLOCK):
-            self._count += len(block)
-            with spool_errors():
-                self._file.write(pickle.dumps(block))
+            self._make: Callable[[Any], Record] = type(block[0])._make  # type: ignore[attr-defined]
+            try:
+                self._file.write(pickle.dumps([*map(tuple, block)]))
                 self._file.flush()
+            except OSError as error:
+                with suppress(OSError):
+                    self._file.close()
+                raise no_space(error) from error
+            self._count += len(block)
             self._ends.append(self._file.tell())
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[Record]:
         return self.slice(0, self._count)
 
-    def slice(self, start: int, end: int) -> Iterator[T]:
+    def slice(self, start: int, end: int) -> Iterator[Record]:
         """The records from one place up to before another."""
         for number in range(start // BLOCK, -(-end // BLOCK)):
             begin, after = self._ends[number : number + 2]
             block = pickle.loads(os.pread(self._file.fileno(), after - begin, begin))
             first = number * BLOCK
-            yield from block[max(start - first, 0) : end - first]
+            yield from map(self._make, block[max(start - first, 0) : end - first])
 
-    def __getitem__(self, place: int) -> T:
+    def __getitem__(self, place: int) -> Record:
         return next(self.slice(place, place + 1))
 
     def has(self, key: str) -> bool:
@@ -509,7 +504,8 @@ class Spool(Generic[T]):
 # still there.
 SESSION = (
     "SET time_zone = '+00:00', sql_select_limit = 18446744073709551615, sql_mode = '', "
-    f"max_sort_length = 8192, wait_timeout = 86400, innodb_lock_wait_timeout = {LOCK_TIMEOUT}",
+    f"max_sort_length = 8192, wait_timeout = 86400, innodb_lock_wait_timeout = {LOCK_TIMEOUT}, "
+    "sql_safe_updates = 0, sql_big_selects = 1",
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 )
 # MySQL's error codes (MySQL manual, "Error Message Reference") and what to do.
@@ -611,7 +607,9 @@ def take_lock(connection: Any, bucket: str, prefix: str, table: str) -> None:
     ((got, holder),) = query(connection, doing, sql, (name, name))
     if not got:  # 0, or NULL if it failed
         sql = "SELECT HOST, COMMAND, TIME FROM information_schema.PROCESSLIST WHERE ID = %s"
-        rows = query(connection, doing, sql, (holder,))
+        rows = []
+        with suppress(PurgeError):  # MySQL cannot spell everything that others run: error 3854
+            rows = query(connection, doing, sql, (holder,))
         facts = [f" of {host} ({command} for {seconds} s)" for host, command, seconds in rows]
         message = "Another run works on the same bucket, prefix and table: database connection "
         message += f"{holder}{''.join(facts)} holds the lock. Try again later."
@@ -639,17 +637,15 @@ JobRow = tuple[str, str, str]  # of an expired job: jobId, completedAt, sourceDa
 
 
 class JobTable:
-    """The job table over one connection, with `cutoff` deciding which jobs are expired.
-
-    Only `delete` writes. All methods raise PurgeError.
-    """
+    """The job table over one connection, with `cutoff` deciding which jobs are expired. Only
+    `delete` writes. All methods raise PurgeError."""
 
     def __init__(self, connection: Any, place: tuple[str, str], cutoff: datetime) -> None:
         self._connection, self.name = connection, ".".join(place)
         self._from = "FROM " + ".".join("`" + part.replace("`", "``") + "`" for part in place)
         self._expired = expired_sql(cutoff)
         # Of each key its bytes, jobs and expired jobs.
-        self._references = f"{NAME}, COUNT(*), COUNT(NULLIF({self._expired}, 0))"
+        self._references = f"SQL_BIG_RESULT {NAME}, COUNT(*), COUNT(NULLIF({self._expired}, 0))"
         self._describe()
         # Whether an index leads with `sourceData`, so that a re-check need not scan the table.
         leads = "Column_name = 'sourceData' AND Seq_in_index = 1 AND Index_type = 'BTREE'"
@@ -694,11 +690,11 @@ class JobTable:
 
         SQL_BIG_RESULT makes the server sort instead of filling a temporary table keyed by the
         group, five times faster on millions of rows, under any collation and with or without an
-        index. Read it at once: a client that stops reading is cut off after net_write_timeout
-        (60 s), and an open read keeps a snapshot alive.
+        index. Read it at once: a client that stops reading is cut off after net_write_timeout (60
+        s), and an open read keeps a snapshot alive.
         """
         self._connection._read_timeout = PLAN_TIMEOUT  # PyMySQL applies it at its next read
-        sql = f"SELECT SQL_BIG_RESULT {self._references} {self._from} GROUP BY 1 ORDER BY 1"
+        sql = f"SELECT {self._references} {self._from} GROUP BY 1 ORDER BY 1"
         with database_errors(f"Cannot read {self.name}"):
             cursor = self._connection.cursor(SSCursor)
             try:
@@ -732,6 +728,7 @@ class JobTable:
         index if there is one. A name that the column's character set cannot spell becomes another,
         which is right: no row can hold it. Whoever asks compares the bytes of the answer."""
         form = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
+        form = "%s" if self._charset == "utf8mb4" else form  # that of the connection
         escaped = map(self._connection.escape, names)
         return f"`sourceData` IN ({','.join(form % name for name in escaped)})"
 
@@ -840,17 +837,14 @@ class Verdict(NamedTuple):
 
 
 class Bucket:
-    """One bucket below one prefix. Counts its requests; safe to use from several threads.
-
-    Every answer must be what was asked for, whole: an empty or foreign body would otherwise parse
-    to an empty listing. All methods raise PurgeError.
-    """
+    """One bucket below one prefix; safe to use from several threads. Every answer must be what was
+    asked for, whole: an empty or foreign body would parse to an empty listing. All methods raise
+    PurgeError."""
 
     def __init__(self, session: boto3.Session, report: Report, workers: int, stop: Stop) -> None:
         self.name, self.prefix = report.bucket, report.prefix
         self.workers, self._report, self._stop = workers, report, stop
         self._counting, self._thread = threading.Lock(), threading.local()
-        self._pool = ThreadPoolExecutor(4 * workers)
         self._read = self._client(session, LIST_TIMEOUT, attempts=5)
         # A delete is not repeated by botocore: each try needs a new re-check of its own.
         self._write = self._client(session, DELETE_TIMEOUT, attempts=1)
@@ -869,9 +863,6 @@ class Bucket:
         client.meta.events.register_first("before-parse.*", read_answer)
         client.meta.events.register("before-send.s3", self._leave)
         return client
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _leave(self, event_name: str, **_: Any) -> None:
         """Event `before-send`: the request is signed, which may have refreshed credentials for a
@@ -938,67 +929,67 @@ class Bucket:
         return self.page(limit=1, prefix=key).keys == [key]
 
     def objects(self, references: Spool[Reference], whole: bool) -> Iterator[S3Object]:
-        """All objects if `whole`, else at least those that the references name, in order.
-
-        The references cut the listing into parts, of which some are listed at the same time. About
-        as many LIST requests as there are references, however large the bucket is, and where their
-        objects lie densely as it has pages. The page that ends the listing settles all later keys.
-        """
+        """All objects if `whole`, else at least those that the references name, in order. These cut
+        the listing into parts, of which some are listed at the same time: about as many requests
+        as there are references, however large the bucket is, or as it has pages where they lie
+        densely. The page that ends the listing settles all later keys."""
         count = len(references)
         page = self.page("" if whole or not count else just_before(references[0].key))
         if page.token is None:
             yield from map(S3Object._make, zip(page.keys, page.sizes, page.moments, strict=True))
             return
-        near = references.slice(0, min(count, PAGE))
-        density = density_of([reference.key for reference in near], page)
+        near = [reference.key for reference in references.slice(0, min(count, PAGE))]
+        density = density_of(bisect_right(near, page.keys[-1]), page)
         dense = whole or density >= SPARSE
         # A page keeps the CPU busy and the memory full, a seek mostly waits.
-        width = self.workers * (3 if dense else 8) // 2
-        size = min(max(count // width + 1, density), PART)
-        bounds = ((start, min(start + size, count)) for start in range(0, max(count, 1), size))
-        limit = PAGE if dense else SEEK
-        parts = (self._part(references, whole, limit, *each, page) for each in bounds)
-        for rows, ended in ahead(parts, width):
+        width, limit = (self.workers, PAGE) if dense else (4 * self.workers, SEEK)
+        # About five pages each, by the first one; never so short that borders cost many requests.
+        size = min(max(5 * density, min(count // width + 1, PAGE)), PART)
+
+        def part(start: int) -> Iterator[tuple[list[tuple[str, str, str]], bool]]:
+            end = min(start + size, count)
+            low = references[start - 1].key if start else ""
+            high = None if end == count else references[end - 1].key
+            keys = None if whole else [item.key for item in references.slice(start, end)]
+            return self._part(low, high, keys, limit, None if start else page)
+
+        parts = map(part, range(0, max(count, 1), size))
+        for rows, ended in ahead(parts, width, AHEAD if whole else 0):
             yield from map(S3Object._make, rows)
             if ended:
                 return
 
     def _part(
-        self,
-        references: Spool[Reference],
-        whole: bool,
-        limit: int,
-        start: int,
-        end: int,
-        first: Page,
+        self, low: str, high: str | None, keys: list[str] | None, limit: int, page: Page | None
     ) -> Iterator[tuple[list[tuple[str, str, str]], bool]]:
-        """The objects above the reference before `start`, up to the last one before `end`; at the
-        listing's ends all. If not `whole`, each request leaps to the next reference. `first` is the
-        listing's first page. With each page: is the listing at its end?"""
-        low, page = references[start - 1].key if start else "", None if start else first
-        keys = [reference.key for reference in references.slice(start, end)]
-        high = None if end == len(references) else keys[-1]
-        wanted, place, token = set(keys), 0, None
-        after = just_before(low) if NOT_XML.search(low) else low
-        while whole or place < len(keys):
-            if not whole and (token is None or just_before(keys[place]) > after):
+        """The objects above `low`, up to `high` if there is one: all, or those of the sorted
+        `keys`, to which each request leaps. `page` is the first one, if it is known. Page by page,
+        and whether the listing is at its end."""
+        after, token, place = just_before(low) if NOT_XML.search(low) else low, None, 0
+        while keys is None or place < len(keys):
+            if keys is not None and (token is None or just_before(keys[place]) > after):
                 after, token = just_before(keys[place]), None
-            page = page or self.page(after, limit, token)
+            page = page or self.page(after, PAGE if token else limit, token)
             upto = len(page.keys) if high is None else bisect_right(page.keys, high)
-            ended = page.token is None and upto == len(page.keys)
             rows = zip(page.keys[:upto], page.sizes, page.moments, strict=False)
-            yield [row for row in rows if row[0] > low and (whole or row[0] in wanted)], ended
-            if page.token is None or upto < len(page.keys):
+            if keys is None:
+                found = [row for row in rows if row[0] > low]
+            else:
+                seen = bisect_right(keys, page.keys[-1], place) if page.keys else place
+                wanted = {*keys[place:seen]}
+                found = [row for row in rows if row[0] in wanted]
+                limit = SEEK if density_of(seen - place, page) < SPARSE else PAGE
+                place = seen
+            ended = page.token is None and upto == len(page.keys)
+            if found or ended:
+                yield found, ended
+            if page.token is None or upto < len(page.keys) or page.keys[-1] == high:
                 return
-            after, token = page.keys[-1], page.token
-            if not whole:
-                limit = SEEK if density_of(keys[place:], page) < SPARSE else PAGE
-                place = bisect_right(keys, after, place)
-            page = None
+            after, token, page = page.keys[-1], page.token, None
 
     def each(self, ask: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
         """The answers for some keys, in their order, asked for at the same time."""
-        return self._pool.map(ask, keys)
+        return ahead((map(ask, [key]) for key in keys), 4 * self.workers)
 
     def versions(self, key: str) -> list[Version]:
         """The newest versions and delete markers of a key, the latest first."""
@@ -1047,11 +1038,10 @@ class Bucket:
         return Verdict(marker=answer.get("VersionId"))
 
 
-def density_of(keys: list[str], page: Page) -> int:
-    """Of these sorted keys, as many as lie among 1,000 objects. The first one was sought, and tells
-    nothing."""
-    known = bisect_right(keys, page.keys[-1]) if page.keys else 0
-    return max(known - 1, 0) * PAGE // max(len(page.keys) - 1, 1)
+def density_of(references: int, page: Page) -> int:
+    """So many references on the page are how many among 1,000 objects? The first one was sought,
+    and tells nothing."""
+    return max(references - 1, 0) * PAGE // max(len(page.keys) - 1, 1)
 
 
 def batches(items: Iterable[Candidate]) -> Iterator[list[Candidate]]:
@@ -1111,11 +1101,9 @@ OBJECTS = re.compile("<Contents>.*</Contents>", re.DOTALL)
 
 
 def parse_listing(body: str) -> Page:
-    """ListBucketResult -> Page. botocore asks for EncodingType=url, so keys are percent-encoded.
-
-    By pattern, in a third of the time of an XML parser; that the body is whole is seen from its
-    end, from KeyCount, and from every object having each column once.
-    """
+    """ListBucketResult -> Page. botocore asks for EncodingType=url, so keys are percent-encoded. By
+    pattern, in a third of the time of an XML parser; that the body is whole is seen from its end,
+    from KeyCount, and from every object having each column once."""
     frame = OBJECTS.sub("", body)
     raw, sizes, moments = columns = [column.findall(body) for column in COLUMNS]
     count = int(only("KeyCount", frame))
@@ -1157,9 +1145,7 @@ BUCKET_ADVICE = {
 @contextmanager
 def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
     """Turn what botocore raises into a PurgeError of one line: what was done, why it failed.
-
-    `right` is the IAM permission that it takes.
-    """
+    `right` is the IAM permission that it takes."""
     try:
         yield
     except ClientError as error:
@@ -1356,8 +1342,9 @@ class Ledger:
 
     def deleted(self, item: Candidate, marker: str | None) -> None:
         self.report.deleted.add(item)
-        done = "restored" if self.report.undoes else "deleted"
-        self._note(done, item, {"version_id": marker} if marker else {})
+        if self._file is not None:
+            done = "restored" if self.report.undoes else "deleted"
+            self._note(done, item, {"version_id": marker} if marker else {})
 
     def retained(self, item: Candidate, why: str) -> None:
         self.report.retained += 1
@@ -1368,8 +1355,9 @@ class Ledger:
         self._note("failed", item, {"code": verdict.code, "message": verdict.message})
 
     def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
-        with suppress(PurgeError):  # the next intent, or the end, will say so
-            self.write(event, [facts_of(item) | more] if self._file else [])
+        if self._file is not None:
+            with suppress(PurgeError):  # the next intent, or the end, will say so
+                self.write(event, [facts_of(item) | more])
         if "message" in more:
             cause = " ".join(f"{event}: {': '.join(more.values())}".split())
             if len(self._causes) >= 20 and cause not in self._causes:
@@ -1419,9 +1407,7 @@ class Pace:
 
     def answered(self, again: bool) -> None:
         """After a retryable failure (`again`): pause before the next request, longer each time.
-
-        Answers to requests that left before the pause do not make it longer.
-        """
+        Answers to requests that left before the pause do not make it longer."""
         if not again:
             self._pause /= 2
         elif self._clock() >= self._until:
@@ -1439,7 +1425,7 @@ class Tried:
     since: datetime | None = None
     tries: int = 0
     lost: bool = False  # one of them may yet take effect
-    verdict: Verdict = field(default_factory=lambda: NOT_SENT)
+    verdict: Verdict = NOT_SENT
 
 
 class Rounds:
@@ -1483,7 +1469,7 @@ class Rounds:
         size = 0
         for item in plan:
             items.append(item)
-            size += 2 * len(item.key.encode()) + 64
+            size += 2 * len(item.key.encode()) + 16
             if len(items) >= most or size > ROUND_BYTES:
                 yield items
                 items, size = [], 0
@@ -1500,7 +1486,7 @@ class Rounds:
                 self._give_up(ATTEMPTS)
         finally:
             while self._in_flight:
-                with suppress(Exception):  # the run stops already, for the first error
+                with suppress(Exception, Interrupted):  # the run stops already, for the first one
                     self._settle()
             self._give_up(1)
 
@@ -1547,10 +1533,10 @@ class Rounds:
             if may_go(item.reason, reference):
                 continue
             why = "a job refers to it by now" if reference else "its jobs have vanished"
-            if self._pending.pop(item).lost:
-                why += ", and an earlier request had no answer: it may yet be deleted"
-                self._ledger.failed(item, Verdict("NoAnswer", why))
+            if self._pending[item].lost:
+                self._failed(item, Verdict("", why))
             else:
+                del self._pending[item]
                 self._ledger.retained(item, why)
         return asked
 
@@ -1560,7 +1546,7 @@ class Rounds:
         self._ledger.intend(items)
         for item in items:
             tried = self._pending[item]
-            self._pending[item] = Tried(tried.since or now, tried.tries + 1, tried.lost)
+            tried.since, tried.tries, tried.verdict = tried.since or now, tried.tries + 1, NOT_SENT
         try:
             threading.Thread(target=self._request, args=(items, checked)).start()
         except RuntimeError as error:
@@ -1573,14 +1559,12 @@ class Rounds:
         try:
             self._answers.put((items, self._bucket.delete(items, checked), None))
         except BaseException as error:
-            code = getattr(error, "code", "") or type(error).__name__
+            code = str(getattr(error, "code", "") or type(error).__name__)
             self._answers.put((items, [Verdict(code, str(error))] * len(items), error))
 
     def _settle(self) -> None:
-        """Wait for an answer, and account for every key of it.
-
-        Raises the error of a request that S3 refused as a whole: it would refuse the next one too.
-        """
+        """Wait for an answer, and account for every key of it. Raises the error of a request that
+        S3 refused as a whole: it would refuse the next one too."""
         items, verdicts, error = self._answers.get()
         self._in_flight -= 1
         again = False
@@ -1591,8 +1575,7 @@ class Rounds:
                 self._pending[item].verdict, again = verdict, True
                 self._pending[item].lost |= verdict.code in DOUBTFUL
             else:
-                del self._pending[item]
-                self._ledger.failed(item, verdict)
+                self._failed(item, verdict)
         self._pace.answered(again)
         if error is not None and not again:
             raise error
@@ -1604,9 +1587,7 @@ class Rounds:
 
     def _look_up_lost(self) -> None:
         """In a versioned bucket, find out which keys a request without an answer has deleted.
-
-        Deleting them again would put a second marker on top, of which no log would know.
-        """
+        Deleting them again would put a second marker on top, of which no log would know."""
         if self._jobs is None or self._ledger.report.versioning != "enabled":
             return
         lost = [(item, tried.since) for item, tried in self._pending.items() if tried.lost]
@@ -1620,8 +1601,14 @@ class Rounds:
         """Keys that were tried so often have failed."""
         for item, tried in [*self._pending.items()]:
             if tried.tries >= tries:
-                del self._pending[item]
-                self._ledger.failed(item, tried.verdict)
+                self._failed(item, tried.verdict)
+
+    def _failed(self, item: Candidate, verdict: Verdict) -> None:
+        """The end of a key; whatever came last, an earlier request may yet take effect."""
+        if self._pending.pop(item).lost and verdict.code not in DOUBTFUL:
+            why = f"{verdict.message}, and an earlier request had no answer: it may yet be deleted"
+            verdict = Verdict("NoAnswer", why)
+        self._ledger.failed(item, verdict)
 
     def _delete_rows(self, items: list[Candidate], jobs: JobTable) -> None:
         """Delete the rows of expired jobs whose object is gone in this round, was listed as absent,
@@ -1632,7 +1619,7 @@ class Rounds:
             found = jobs.referenced(shared) if shared else {}
         names |= self._gone
         names |= {name for name, item in found.items() if item.expired < item.jobs}
-        more = bool(names)
+        more, prefix = bool(names), self._bucket.prefix
         while more:
             with self._stop.reading():
                 rows = jobs.expired_rows(names)
@@ -1640,8 +1627,8 @@ class Rounds:
             for chunk in chunks(rows, ROWS_A_COMMIT):
                 self._stop.check()
                 facts = [
-                    {"job_id": row[0], "completed_at": row[1], "key": self._bucket.prefix + row[2]}
-                    for row in chunk
+                    {"job_id": job, "completed_at": at, "name": name, "key": prefix + name}
+                    for job, at, name in chunk
                 ]
                 self._ledger.write("delete-job", facts, sync=True)
                 self._ledger.report.jobs_deleted += jobs.delete(chunk)
@@ -1677,7 +1664,9 @@ def read_audit_log(path: Path) -> sqlite3.Connection:
                 events.execute(sql, [event.get(name) for name in fields])
     except OSError as error:
         raise PurgeError(f"Cannot read the audit log {path}: {error.strerror}.", USAGE) from error
-    except (AttributeError, KeyError, TypeError, ValueError, sqlite3.InterfaceError) as error:
+    except sqlite3.OperationalError as error:
+        raise no_space(error) from error
+    except Exception as error:
         message = f"{path}, line {number}: not of an audit log of this tool."
         raise PurgeError(message, REFUSED) from error
     return events
@@ -1731,6 +1720,8 @@ def plan_undo(
                 totals.missing += 1
             elif latest is None or below is None or below.is_marker:
                 ledger.retained(item, "no version lies right below a delete marker")
+            elif latest.version_id == "null":
+                ledger.retained(item, "versioning was suspended: an object may take its place")
             elif latest.version_id != marker and (marker or not latest.hides_since(since)):
                 ledger.retained(item, "somebody else's delete marker hides it")
             else:
@@ -1851,6 +1842,8 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     A key goes only if no remaining job refers to it; OFFICIAL jobs and their data stay for ever.
     Start with --dry-run.
     """
+    gc.freeze()  # a tenth of all CPU went into walks over what the imports made
+    gc.set_threshold(20_000)
     check_usage(given)
     set_up_output(given["verbose"], given["quiet"])
     stop, undoes, dry_run = Stop(), given["undo"] is not None, given["dry_run"]
@@ -1865,8 +1858,9 @@ def main(ctx: click.Context, /, **given: Any) -> None:
         name = signal.Signals(stop.received).name
         report.error = f"Stopped by {name}; run again to finish the work."
         report.exit_code = 128 + stop.received  # as shells have it
-    if given["manifest"] and report.exit_code == REFUSED:
-        given["manifest"].unlink(missing_ok=True)  # an earlier run's
+    if given["manifest"] and report.exit_code == REFUSED and not undoes:
+        with suppress(OSError):
+            given["manifest"].unlink()  # an earlier run's
     finish(ledger, given)
     ctx.exit(report.exit_code)
 
@@ -1887,10 +1881,14 @@ def check_usage(given: dict[str, Any]) -> None:
     for name in NEEDED[3 if given["undo"] else 0 :]:
         check(given[name] is not None, f"Missing option '--{name.replace('_', '-')}'.")
     check(not given["run_id"] or given["undo"] is not None, "--run-id goes with --undo.")
-    files = [path.resolve() for path in (given["manifest"], given["audit_log"]) if path]
-    check(len(files) == len(set(files)), "--manifest and --audit-log must be two files.")
-    target = given["manifest"]
-    check(not target or not target.exists() or target.is_file(), "--manifest must be a file.")
+    if target := given["manifest"]:
+        try:
+            check(not target.exists() or target.is_file(), "--manifest must be a file.")
+            logs = {path.resolve() for path in (given["audit_log"], given["undo"]) if path}
+            own = {target.resolve(), beside(target).resolve()}
+        except (OSError, RuntimeError) as error:
+            raise PurgeError(f"Cannot use --manifest or --audit-log: {error}.", USAGE) from None
+        check(not logs & own, "--manifest and --audit-log must be two files.")
     check(given["max_percent"] == given["max_percent"], "--max-percent must be a number.")
 
 
@@ -1936,7 +1934,7 @@ def carry_out(given: dict[str, Any], ledger: Ledger, stop: Stop) -> None:
                 options = {name: value for name, value in given.items() if value is not None}
                 ledger.start(given["audit_log"], options)
             session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
-            bucket = stack.enter_context(closing(Bucket(session, report, given["workers"], stop)))
+            bucket = Bucket(session, report, given["workers"], stop)
             bucket.look()
             enabled, jobs = report.versioning == "enabled", None
             report.recoverable = enabled and bool(given["audit_log"]) and not given["undo"]
@@ -1973,10 +1971,8 @@ def table_place(given: dict[str, Any]) -> tuple[str, str]:
 
 
 def policy_of(given: dict[str, Any], now: datetime) -> Policy:
-    """The rules at the moment `now` of the database's clock (aware UTC).
-
-    Raises PurgeError for `--as-of` in the future, where jobs would expire before their time.
-    """
+    """The rules at the moment `now` of the database's clock (aware UTC). Raises PurgeError for
+    `--as-of` in the future, where jobs would expire before their time."""
     as_of = given["as_of"] or now.replace(microsecond=0)
     if as_of > now:
         raise PurgeError(f"--as-of {as_of} is later than the database clock, {now}.", REFUSED)
@@ -2006,7 +2002,7 @@ def prepare_purge(
     report.plan(totals, given["orphans"], policy.rows)
     # How far S3's clock is ahead tells an undo which markers are younger than an intent.
     lead = {"s3_lead_seconds": bucket.s3_lead.total_seconds()}
-    ledger.write("plan", [report.as_dict() | vars(totals) | lead])
+    ledger.write("plan", [vars(totals) | report.as_dict() | lead])
     reasons = [*clocks, *refusals(totals, policy, given["max_objects"], given["max_percent"])]
     reasons += wrong_place(totals, jobs, bucket)
     reasons += jobs.row_refusals() if policy.rows else []
@@ -2088,18 +2084,21 @@ def show_plan(candidates: Iterable[Candidate], given: dict[str, Any]) -> None:
         show("\n".join(chunk))
 
 
+def beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
 def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> None:
     """Write the plan as S3 Batch Operations reads it, `bucket,url-encoded-key` on each line; beside
     first, then renamed. Raises PurgeError."""
-    beside = path.with_name(f"{path.name}.part")
     try:
-        with beside.open("w", encoding="ascii", newline="") as file:
+        with beside(path).open("w", encoding="ascii", newline="") as file:
             objects = (item for item in candidates if item.reason in OF_OBJECTS)
             file.writelines(f"{bucket},{quote(item.key)}\n" for item in objects)
-        beside.replace(path)
+        beside(path).replace(path)
     except OSError as error:
         with suppress(OSError):
-            beside.unlink()
+            beside(path).unlink()
         raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
 
 

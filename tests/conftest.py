@@ -7,122 +7,35 @@ built on `box` there (see test_mysql.py).
 from __future__ import annotations
 
 import json
-import re
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE
 from threading import Event
 from typing import Any
 
 import pytest
 from proxies import Request, S3Proxy
-from sandbox import BUCKET, DATABASE, USER, Sandbox, mysql_sandbox, sandbox, seed
+from sandbox import BUCKET, DATABASE, USER, Sandbox, mysql_sandbox, mysqld, sandbox, seed
+from script import SCRIPT as SCRIPT
+from script import Result as Result
+from script import World
+from script import ended as ended
 
-# A parent that ignores them (nohup, a background job) would pass that on to every run.
-for each in (signal.SIGHUP, signal.SIGINT):
-    if signal.getsignal(each) is signal.SIG_IGN:
-        signal.signal(each, signal.SIG_DFL)
-
-SCRIPT = Path(__file__).resolve().parent.parent / "retention_purge.py"
 # The day of the original system's last run.
 AS_OF = ("--as-of", "2019-06-03T00:00:00Z")
 EVERYTHING = ("--orphans", "--orphan-grace-days", "0")
 OLD = "2019-01-01 00:00:00"
-ERROR = re.compile(r"^(?:\S+Z )?Error: (.*?)(?: \(run [0-9a-f-]{36}\))?$", re.MULTILINE)
+sql = Sandbox.sql
 
 
-@dataclass
-class Result:
-    """How a run of the script ended, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The one JSON object of `--json`."""
-        (line,) = self.out.splitlines()
-        summary: dict[str, Any] = json.loads(line)
-        assert summary["exit_code"] == self.code
-        return summary
-
-    @property
-    def listed(self) -> list[tuple[str, str]]:
-        """Reason and key of each line of a dry run."""
-        rows = [line.split("\t") for line in self.out.splitlines() if "\t" in line]
-        return [(row[0], json.loads(row[3]) if row[3].startswith('"') else row[3]) for row in rows]
-
-    @property
-    def error(self) -> str:
-        """The one line that tells what went wrong; in a log it has a time and the run's id."""
-        assert "Traceback" not in self.err
-        (message,) = ERROR.findall(self.err)
-        assert isinstance(message, str)
-        return message
-
-
-class World:
-    """The sandbox, and the purge in it."""
-
-    def __init__(self, box: Sandbox) -> None:
-        self.box = box
-        # Laid over the sandbox's environment. The tests' tables and buckets are small: the guard on
-        # percentages has tests of its own.
-        self.settings: dict[str, str] = {"RETENTION_PURGE_MAX_PERCENT": "100"}
-        self.processes: list[subprocess.Popen[str]] = []
-
-    def start(
-        self,
-        *arguments: str,
-        stdout: Any = PIPE,
-        stderr: Any = PIPE,
-        patch: str = "",
-        **settings: str | None,
-    ) -> subprocess.Popen[str]:
-        """Start the script; `settings` change its environment, None removes a variable. `patch` is
-        Python that changes the script, `rp`, before it runs."""
-        environment = self.box.environment | self.settings
-        for name, value in settings.items():
-            environment.pop(name, None)
-            if value is not None:
-                environment[name] = value
-        command = [str(SCRIPT)]
-        if patch:
-            path = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})"
-            command = ["-c", f"{path}\nimport retention_purge as rp\n{patch}\nrp.main()"]
-        process = subprocess.Popen(
-            [sys.executable, *command, *arguments],
-            env=environment,
-            stdout=stdout,
-            stderr=stderr,
-            text=True,
-        )
-        self.processes.append(process)
-        return process
-
-    def purge(self, *arguments: str, patch: str = "", **settings: str | None) -> Result:
-        return ended(self.start(*arguments, patch=patch, **settings))
-
-
-def ended(process: subprocess.Popen[str], seconds: float = 120) -> Result:
-    """Wait for a run."""
-    out, err = process.communicate(timeout=seconds)
-    return Result(process.returncode, out, err)
-
-
-def sql(box: Sandbox, *statements: str) -> Any:
-    """Run statements as the server's root; the rows of the last one."""
-    with box.database.admin(database=DATABASE) as connection:
-        cursor = connection.cursor()
-        for statement in statements:
-            cursor.execute(statement)
-        return cursor.fetchall()
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Which servers the tests ran on."""
+    for command in (lambda: ["mariadbd"], mysqld):
+        try:
+            told = subprocess.check_output([*command(), "--version"], text=True)
+        except LookupError as reason:
+            told = str(reason)
+        terminalreporter.write_line(told.strip())
 
 
 def expire(world: World, count: int) -> list[str]:
@@ -175,12 +88,18 @@ def box() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def mysql_box() -> Iterator[Sandbox]:
-    with ExitStack() as stack:
-        try:
-            running = stack.enter_context(mysql_sandbox())
-        except LookupError as reason:
-            pytest.skip(str(reason))
-        yield running
+    try:
+        with mysql_sandbox() as running:
+            yield running
+    except LookupError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def token_login(box: Sandbox) -> None:
+    """For tests of the IAM token: the server checks it."""
+    if box.password is not None:
+        pytest.skip("no login by token here: that takes MariaDB, and root for a PAM service")
 
 
 @pytest.fixture
@@ -189,9 +108,7 @@ def world(box: Sandbox) -> Iterator[World]:
     box.load(*seed())
     world = World(box)
     yield world
-    for process in world.processes:
-        process.kill()
-        process.wait()
+    world.stop()
 
 
 @pytest.fixture
@@ -205,6 +122,6 @@ def proxy(world: World) -> Iterator[S3Proxy]:
 @pytest.fixture
 def may_delete(world: World) -> Iterator[World]:
     """The world, whose user may delete job rows."""
-    sql(world.box, f"GRANT DELETE ON {DATABASE}.* TO {USER}@'%'")
+    world.box.sql(f"GRANT DELETE ON {DATABASE}.* TO {USER}@'%'")
     yield world
-    sql(world.box, f"REVOKE DELETE ON {DATABASE}.* FROM {USER}@'%'")
+    world.box.sql(f"REVOKE DELETE ON {DATABASE}.* FROM {USER}@'%'")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version as installed
 
 import pytest
-from conftest import AS_OF, SCRIPT, version
+from conftest import AS_OF, EVERYTHING, SCRIPT, version
 from proxies import Answer, Request
 
-FOREIGN = Answer(200, b"<html>Sign in to the hotel's network</html>")
+FOREIGN = b"<html>Sign in to the hotel's network</html>"
 
 
 def test_the_botocore_that_is_installed_is_the_one_that_is_pinned():
@@ -16,27 +16,29 @@ def test_the_botocore_that_is_installed_is_the_one_that_is_pinned():
     assert f"botocore=={installed('botocore')}" in lines
 
 
-def asked_for(request: Request) -> str:
-    return "versions" if "versions" in request.query else request.operation
-
-
 @pytest.mark.parametrize(
-    ("operation", "says"),
+    ("operation", "body", "says"),
     [
-        ("versioning", "Cannot read the versioning of bucket incoming-data: InvalidAnswer"),
-        ("list", "Cannot list bucket incoming-data: InvalidAnswer"),
-        ("versions", "Cannot list the versions in bucket incoming-data: InvalidAnswer"),
-        ("delete", "17 keys failed: InvalidAnswer"),
+        ("versioning", FOREIGN, "Cannot read the versioning of bucket incoming-data: InvalidAns"),
+        ("list", FOREIGN, "Cannot list bucket incoming-data: InvalidAnswer"),
+        ("versions", FOREIGN, "Cannot list the versions in bucket incoming-data: InvalidAnswer"),
+        ("versions", b"<ListVersionsResult/>", "Cannot list the versions"),
+        ("delete", FOREIGN, "17 keys failed: InvalidAnswer"),
     ],
 )
-def test_before_parse_sees_each_answer(world, proxy, operation, says, tmp_path):
-    path = tmp_path / "log"
-    options = [*AS_OF, "--audit-log", str(path)]
+def test_before_parse_sees_each_answer(world, proxy, operation, body, says, tmp_path):
+    """So that an answer which is not S3's, though well-formed, ends in an error."""
+    options = [*AS_OF, "--audit-log", str(tmp_path / "log")]
     if operation == "versions":
         version(world)
         assert world.purge(*options).code == 0
-        options = ["--undo", str(path)]
-    proxy.before = lambda request: FOREIGN if asked_for(request) == operation else None
+        options = ["--undo", str(tmp_path / "log")]
+
+    def before(request: Request) -> Answer | None:
+        asked = "versions" if "versions" in request.query else request.operation
+        return Answer(200, body) if asked == operation else None
+
+    proxy.before = before
     result = world.purge(*options, patch="rp.ATTEMPTS = 1")
     assert result.code == (4 if operation == "delete" else 1)
     assert says in result.err
@@ -44,10 +46,17 @@ def test_before_parse_sees_each_answer(world, proxy, operation, says, tmp_path):
 
 def test_before_send_sees_each_request(world, proxy):
     """It counts them, and takes the age of the re-check; test_recheck tests that it may refuse."""
-    slow = [Answer(503, b"<Error><Code>SlowDown</Code></Error>") for _ in range(2)]
-    proxy.before = lambda request: slow.pop() if request.operation == "list" and slow else None
-    world.box.put("\x01")
-    summary = world.purge(*AS_OF, "--orphans", "--orphan-grace-days", "0", "--json").summary
-    assert summary["requests"]["list"] == proxy.count("list") > 2
-    assert summary["requests"]["delete"] == proxy.count("delete") + proxy.count("delete-one") == 2
+    slow = ["list", "list", "delete"]  # so often they are told to come again
+
+    def before(request: Request) -> Answer | None:
+        if request.operation not in slow:
+            return None
+        slow.remove(request.operation)
+        return Answer(503, b"<Error><Code>SlowDown</Code></Error>")
+
+    proxy.before = before
+    world.box.put("\x01")  # it goes by a request of another kind
+    summary = world.purge(*AS_OF, *EVERYTHING, "--json").summary
+    assert summary["requests"]["list"] == proxy.count("list") == 3
+    assert summary["requests"]["delete"] == proxy.count("delete") + proxy.count("delete-one") == 3
     assert summary["max_recheck_age_seconds"] > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -32,10 +32,6 @@ def references(rows: Any, rules: rp.Policy, totals: rp.Totals) -> list[rp.Refere
     return list(rp.read_references(jobs, rules, totals))
 
 
-def by_bytes(key: str) -> bytes:
-    return key.encode()
-
-
 @given(
     table=st.dictionaries(KEYS, st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any)),
     objects=st.dictionaries(KEYS, st.integers(0, 20)),
@@ -49,8 +45,8 @@ def test_plan_is_what_the_rules_say_key_by_key(table, objects, shared, grace, ro
         table.setdefault(key, (place % 2, 1 - place % 2))
         objects.setdefault(key, place)
     rules, totals = policy(grace, rows), rp.Totals()
-    read = [(by_bytes(key), sum(table[key]), table[key][0]) for key in sorted(table, key=by_bytes)]
-    found = [item(key, objects[key]) for key in sorted(objects, key=by_bytes)]
+    read = [(key.encode(), sum(table[key]), table[key][0]) for key in sorted(table, key=str.encode)]
+    found = [item(key, objects[key]) for key in sorted(objects, key=str.encode)]
     pairs = list(rp.outer_join(references(read, rules, totals), found))
     doubtful = {key for key in objects if len(key) % 5 == 0}
     planned = list(rp.plan(pairs, rules, totals, doubtful.__contains__))
@@ -99,100 +95,80 @@ def test_names_that_are_no_key_are_no_reference(caplog, monkeypatch):
     assert "12 jobs have no sourceData" in caplog.text
 
 
-def test_an_orphan_as_old_as_the_grace_period_stays():
-    assert policy(7).reason(None, item("k", 7)) is None
-    assert policy(7).reason(None, item("k", 7.001)) is rp.Reason.ORPHAN
+def test_an_orphan_as_old_as_the_grace_period_or_called_like_the_prefix_stays():
+    rules, orphan = policy(7, prefix="p/"), rp.Reason.ORPHAN
+    found = [rules.reason(None, item(*of)) for of in (("p/k", 7), ("p/k", 7.001), ("p/", 99))]
+    assert found == [None, orphan, None]
 
 
-def test_an_object_called_like_the_prefix_is_nobody_s_data():
-    assert policy(7, prefix="p/").reason(None, item("p/", 99)) is None
-    assert policy(7, prefix="p/").reason(None, item("p/k", 99)) is rp.Reason.ORPHAN
-
-
-@pytest.mark.parametrize(
-    ("jobs", "expired", "of_expired", "of_orphan"),
-    [(None, None, False, True), (0, 0, False, False), (1, 0, False, False), (2, 1, False, False),
-     (2, 2, True, False)],
-)  # fmt: skip
-def test_the_re_check_lets_go_only_what_it_surely_may(jobs, expired, of_expired, of_orphan):
+def test_the_re_check_lets_go_only_what_it_surely_may():
     """An expired key needs jobs, all of them expired; an orphan must have none."""
-    found = None if jobs is None else rp.Reference("k", jobs, expired)
-    assert rp.may_go("expired", found) is of_expired
-    assert rp.may_go("orphan", found) is of_orphan
+    found = [None, *(rp.Reference("k", *jobs) for jobs in ((0, 0), (1, 0), (2, 1), (2, 2)))]
+    assert [rp.may_go("expired", each) for each in found] == [False] * 4 + [True]
+    assert [rp.may_go("orphan", each) for each in found] == [True] + [False] * 4
 
 
 # --- Keys -----------------------------------------------------------------------------------------
 
 
-@given(KEYS)
-def test_seeking_just_before_a_key_never_skips_it(key):
+@given(KEYS | st.just("k" * rp.KEY_BYTES))
+def test_seeking_just_before_a_key_never_skips_it_but_its_plain_neighbours(key):
     before = rp.just_before(key)
     assert before.encode() < key.encode()
+    assert len(before.encode()) <= rp.KEY_BYTES
     assert not rp.NOT_XML.search(before)
-
-
-@given(KEYS)
-def test_seeking_just_before_a_plain_key_skips_its_neighbours(key):
-    if rp.NOT_XML.search(key) or rp.NOT_XML.match(chr(max(ord(key[-1]) - 1, 0))):
-        return
-    neighbour = key[:-1] + rp.just_before(key)[len(key) - 1]
-    assert (neighbour + "z" * 50).encode() <= rp.just_before(key).encode()
-
-
-def test_seeking_from_a_key_of_full_length_stays_within_the_limit_of_s3():
-    assert len(rp.just_before("k" * rp.KEY_BYTES).encode()) <= rp.KEY_BYTES
-
-
-@given(KEYS)
-def test_a_printed_key_is_one_line_and_unmistakable(key):
-    printed = rp.printable(key)
-    assert printed.splitlines() == [printed]
-    assert "\t" not in printed
-    assert printed == key or json.loads(printed) == key
-    assert printed != key or not key.startswith('"')
+    short = len(key) < rp.KEY_BYTES
+    if short and not rp.NOT_XML.search(key + chr(max(ord(key[-1]) - 1, 0))):
+        neighbour = key[:-1] + before[len(key) - 1]
+        assert (neighbour + "z" * 50).encode() <= before.encode()
 
 
 # --- Guards ---------------------------------------------------------------------------------------
 
 
-def refused(
-    percent: float, limit: int | None = None, orphans: bool = False, rows: bool = False, **seen: int
-) -> str:
-    planned = seen.pop("planned", 0)
+def is_said(refusal: str, reasons: Iterable[str]) -> None:
+    """There is this one reason, or none."""
+    found = [*reasons]
+    assert len(found) == bool(refusal)
+    assert refusal in "".join(found)
+
+
+ORPHANS, ROWS = {"grace_days": 7}, {"rows": True}
+# The options, the totals, and what is said of them, if they are refused.
+GUARDS: list[tuple[dict[str, Any], dict[str, int], str]] = [
+    ({}, {"planned": 5, "remaining": 5}, ""),
+    ({}, {"planned": 6, "remaining": 5}, "6 of 11 keys"),
+    ({}, {"planned": 5, "remaining": 5, "listed": 5, "jobs": 3}, ""),
+    (ORPHANS, {"planned": 5, "remaining": 95, "known": 1, "listed": 10}, ""),
+    (ORPHANS, {"planned": 5, "remaining": 95, "known": 1, "listed": 9}, "5 of 9 objects in the l"),
+    (ROWS, {"expired_jobs": 5, "jobs": 10}, ""),
+    (ROWS, {"expired_jobs": 6, "jobs": 11}, "6 of 11 job rows"),
+    ({}, {"expired_jobs": 6, "jobs": 6}, ""),
+    ({"percent": 0}, {"planned": 1, "remaining": 999}, "1 of 1000 keys that are planned"),
+    ({"percent": 100, "limit": 0}, {"planned": 1}, "--max-objects 0"),
+    # No key of any job is among the objects listed.
+    ({"percent": 100, **ORPHANS}, {"listed": 9, "jobs": 3}, "none of the 9 objects listed"),
+    ({"percent": 100, **ORPHANS}, {"listed": 9}, "any of the 0 jobs"),
+    ({"percent": 100, **ORPHANS}, {"jobs": 3}, "any of the 3 jobs"),
+    ({"percent": 100, **ORPHANS}, {"listed": 9, "jobs": 3, "known": 1}, ""),
+]
+
+
+@pytest.mark.parametrize(("options", "seen", "refusal"), GUARDS)
+def test_each_guard_speaks_for_itself_and_orphans_that_no_job_knows_are_refused(
+    options, seen, refusal
+):
+    seen, options = dict(seen), {"percent": 50, "limit": None, **options}
+    planned, limit, percent = seen.pop("planned", 0), options.pop("limit"), options.pop("percent")
     totals = rp.Totals(**seen)
     totals.planned["expired"] = planned
-    return "; ".join(rp.refusals(totals, policy(7 if orphans else None, rows), limit, percent))
-
-
-def test_each_guard_speaks_for_itself():
-    assert refused(50, planned=5, remaining=5) == ""
-    assert "6 of 11 keys" in refused(50, planned=6, remaining=5)
-    assert refused(50, planned=5, remaining=5, listed=5) == ""
-    seen = {"remaining": 95, "known": 1, "planned": 5}
-    assert refused(50, orphans=True, listed=10, **seen) == ""
-    assert "5 of 9 objects in the listing" in refused(50, orphans=True, listed=9, **seen)
-    assert refused(50, rows=True, expired_jobs=5, jobs=10) == ""
-    assert "6 of 11 job rows" in refused(50, rows=True, expired_jobs=6, jobs=11)
-    assert refused(50, expired_jobs=6, jobs=6) == ""
-    assert refused(100, limit=0) == ""
-    assert "--max-objects 0" in refused(100, limit=0, planned=1)
-    assert refused(0) == ""
-    assert "1 of 1000 keys that are planned" in refused(0, planned=1, remaining=999)
-
-
-def test_orphans_where_no_key_of_any_job_is_listed_are_refused():
-    assert "none of the 9 objects listed" in refused(100, orphans=True, listed=9, jobs=3)
-    assert "any of the 0 jobs" in refused(100, orphans=True, listed=9)
-    assert "any of the 3 jobs" in refused(100, orphans=True, jobs=3)
-    assert refused(100, orphans=True, listed=9, jobs=3, known=1) == ""
-    assert refused(100, orphans=True) == ""
-    assert refused(100, listed=9, jobs=3) == ""
+    reasons = rp.refusals(totals, policy(**options), limit, percent)
+    is_said(refusal, reasons)
 
 
 @pytest.mark.parametrize(
     ("database", "s3", "refusal"),
     [
-        (0, 0, ""),
         (300, 0, ""),
         (301, 1, "clock of the database is 301 seconds ahead of that of this host"),
         (0, -301, "clock of this host is 301 seconds ahead of that of S3"),
@@ -200,6 +176,4 @@ def test_orphans_where_no_key_of_any_job_is_listed_are_refused():
     ],
 )
 def test_clocks_more_than_five_minutes_apart_are_refused(database, s3, refusal):
-    reasons = list(rp.clock_refusals(timedelta(seconds=database), timedelta(seconds=s3)))
-    assert len(reasons) == bool(refusal)
-    assert refusal in "".join(reasons)
+    is_said(refusal, rp.clock_refusals(timedelta(seconds=database), timedelta(seconds=s3)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import chain, repeat
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -18,17 +19,40 @@ from hypothesis import strategies as st
 import retention_purge as rp
 
 PREFIX = "p/"
+Jobs = tuple[int, int] | None  # of a key at its re-check: all, and the expired ones
+EXPIRED, USED, VANISHED = (1, 1), (2, 1), None
+
+
+class Book(rp.Ledger):
+    """A ledger whose audit log is a list."""
+
+    def __init__(self, report: rp.Report) -> None:
+        super().__init__(report)
+        self._file: Any = "of no use"
+        self.events: list[tuple[str, str, str]] = []  # what, of which key, why
+
+    def write(self, event: str, items: Iterable[dict[str, Any]], sync: bool = False) -> None:
+        assert sync or not event.startswith("delete") or event == "deleted"
+        self.events += [(event, item["key"], item.get("message", "")) for item in items]
+
+    def keys(self, *events: str) -> list[str]:
+        return [key for event, key, _ in self.events if event in events]
+
+
+# What S3 makes of a request, and the code of the error that the run gets for it.
+ERRORS = {"not sent": "NotSent", "refused": "AccessDenied", "busy": "SlowDown", "late": "NoAnswer",
+          "lost before": "NoAnswer", "lost after": "NoAnswer"}  # fmt: skip
 
 
 @dataclass
 class WaywardBucket:
-    """S3's side of `Rounds`: deletes, refuses, forgets, fails, or deletes later, as the dice have
-    it. `late` will be gone after the run."""
+    """S3's side of `Rounds`: deletes, refuses, forgets, fails, or deletes later, each request by
+    the next of its moods. `late` will be gone after the run."""
 
-    dice: random.Random
-    moods: list[str]
+    moods: Iterator[str]
     book: Book
-    workers: int
+    dice: random.Random
+    workers: int = 1
     name: str = "b"
     prefix: str = PREFIX
     s3_lead: timedelta = timedelta()
@@ -38,33 +62,26 @@ class WaywardBucket:
 
     def delete(self, items: list[rp.Candidate], checked: float) -> list[rp.Verdict]:
         with self.lock:
-            assert {item.key for item in items} <= self.book.intended
-            mood = self.dice.choice(self.moods)
-            if mood == "not sent":
-                raise rp.PurgeError("too old", code="NotSent")
-            if mood == "refused":
-                raise rp.PurgeError("denied", code="AccessDenied")
+            keys, mood = {item.key for item in items}, next(self.moods)
+            assert keys <= {*self.book.keys("delete")}, "no intent"
             if mood == "bug":
                 raise ZeroDivisionError
-            if mood == "busy":
-                raise rp.PurgeError("slow down", code="SlowDown")
             if mood == "late":
-                self.late |= {item.key for item in items}
-            if mood in ("late", "lost before"):
-                raise rp.PurgeError("reset", code="NoAnswer")
-            verdicts = [self._one(item, mood) for item in items]
-            if mood == "lost after":
-                raise rp.PurgeError("reset", code="NoAnswer")
+                self.late |= keys
+            verdicts = []
+            if mood in ("well", "some fail", "lost after"):
+                verdicts = [self._one(item.key, mood) for item in items]
+            if mood in ERRORS:
+                raise rp.PurgeError(mood, code=ERRORS[mood])
             return verdicts
 
-    def _one(self, item: rp.Candidate, mood: str) -> rp.Verdict:
+    def _one(self, key: str, mood: str) -> rp.Verdict:
         if mood == "some fail" and self.dice.random() < 0.4:
             return rp.Verdict(self.dice.choice(["SlowDown", "AccessDenied", "NoAnswer"]), "no")
         versioned = self.book.report.versioning == "enabled"
-        assert item.key not in self.gone or not versioned, "a second marker"
-        marker = rp.Version(f"marker of {item.key}", datetime.now(UTC), True, True)
-        self.gone[item.key] = marker
-        return rp.Verdict(marker=marker.version_id)
+        assert key not in self.gone or not versioned, "a second marker"
+        self.gone[key] = rp.Version(f"marker of {key}", datetime.now(UTC), True, True)
+        return rp.Verdict(marker=self.gone[key].version_id)
 
     def each(self, ask: Any, keys: Iterable[str]) -> Iterator[Any]:
         return map(ask, keys)
@@ -75,38 +92,23 @@ class WaywardBucket:
 
 @dataclass
 class WaywardTable:
-    """The job table: some keys come into use, some lose their rows, while the run works."""
+    """The job table: what it answers of a key, and which keys have rows of expired jobs."""
 
-    dice: random.Random
-    plan: list[rp.Candidate]
-    breaks_after: int | None
-    indexed: bool
-    asked: int = 0
-    kept: set[str] = field(default_factory=set)  # keys that a re-check has found in use, or rowless
-    rows: set[str] = field(init=False)
+    answer: Callable[[str], Jobs]
+    rows: set[str] = field(default_factory=set)
+    indexed: bool = True
+    breaks_after: int | None = None
+    asked: list[int] = field(default_factory=list)  # how many names at a time
 
-    def __post_init__(self) -> None:
-        self.reasons = {item.key: item.reason for item in self.plan}
-        self.rows = {key for key, reason in self.reasons.items() if reason != "orphan"}
-
-    def ping(self) -> None:
-        self.asked += 1
-        if self.breaks_after is not None and self.asked > self.breaks_after:
+    def ping(self, names: int = 0) -> None:
+        self.asked.append(names)
+        if self.breaks_after is not None and len(self.asked) > self.breaks_after:
             raise rp.PurgeError("gone", code="2013")
 
-    def referenced(self, names: Iterable[str]) -> dict[str, rp.Reference]:
-        self.ping()
-        return {name: jobs for name in names if (jobs := self._jobs(name)) is not None}
-
-    def _jobs(self, name: str) -> rp.Reference | None:
-        key, dice = PREFIX + name, self.dice.random()
-        in_use = rp.Reference(name, 2, 1)
-        if self.reasons[key] == "shared":
-            return in_use if dice < 0.8 else rp.Reference(name, 1, 1)
-        self.kept |= {key} if dice < 0.1 else set()
-        if self.reasons[key] == "orphan":
-            return in_use if dice < 0.1 else None
-        return None if dice < 0.05 else in_use if dice < 0.1 else rp.Reference(name, 1, 1)
+    def referenced(self, names: set[str]) -> dict[str, rp.Reference]:
+        self.ping(len(names))
+        found = {name: self.answer(PREFIX + name) for name in names}
+        return {name: rp.Reference(name, *jobs) for name, jobs in found.items() if jobs}
 
     def expired_rows(self, names: Iterable[str]) -> list[rp.JobRow]:
         found = [name for name in names if PREFIX + name in self.rows]
@@ -115,41 +117,6 @@ class WaywardTable:
     def delete(self, rows: list[rp.JobRow]) -> int:
         self.rows -= {PREFIX + name for _, _, name in rows}
         return len(rows)
-
-
-class Book(rp.Ledger):
-    """A ledger that remembers how each key ended."""
-
-    def __init__(self, report: rp.Report) -> None:
-        super().__init__(report)
-        self.ends: dict[str, list[str]] = {}
-        self.whys: Counter[str] = Counter()
-        self.intended: set[str] = set()
-        self.row_intents: set[str] = set()
-
-    def of(self, *ends: str) -> set[str]:
-        return {key for key, found in self.ends.items() if found[0] in ends}
-
-    def intend(self, items: list[rp.Candidate]) -> None:
-        self.intended |= {item.key for item in items}
-
-    def write(self, event: str, items: Iterable[dict[str, Any]], sync: bool = False) -> None:
-        if event == "delete-job":
-            self.row_intents |= {item["key"] for item in items if sync}
-
-    def deleted(self, item: rp.Candidate, marker: str | None) -> None:
-        super().deleted(item, marker)
-        self.ends.setdefault(item.key, []).append("deleted")
-
-    def retained(self, item: rp.Candidate, why: str) -> None:
-        super().retained(item, why)
-        self.ends.setdefault(item.key, []).append("retained")
-        self.whys[why] += 1
-
-    def failed(self, item: rp.Candidate, verdict: rp.Verdict) -> None:
-        super().failed(item, verdict)
-        self.ends.setdefault(item.key, []).append("failed")
-        self.whys[verdict.message] += 1
 
 
 class StopAfter(rp.Stop):
@@ -165,40 +132,39 @@ class StopAfter(rp.Stop):
             self.received = 15 if self.left < 0 else 0
         super().check()
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        self.check()
-        yield
-
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Small batches and rounds, no pauses."""
-    for name, value in {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 900, "ROWS": 5}.items():
-        monkeypatch.setattr(rp, name, value)
-    for name, value in {"FIRST_PAUSE": 0.0, "LAST_PAUSE": 0.0, "ROWS_A_COMMIT": 2}.items():
+    sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 900, "ROWS": 5, "ROWS_A_COMMIT": 2}
+    for name, value in {**sizes, "FIRST_PAUSE": 0.0, "LAST_PAUSE": 0.0}.items():
         monkeypatch.setattr(rp, name, value)
     monkeypatch.setattr(rp.log, "disabled", True)
 
 
 def candidates(count: int, *reasons: str) -> list[rp.Candidate]:
-    reasons = reasons or ("expired",)
+    """Of these reasons in turn."""
     return [
         rp.Candidate(f"{PREFIX}{n:03}", reasons[n % len(reasons)], 1, "then") for n in range(count)
     ]
 
 
-def report_of(plan: list[rp.Candidate], versioning: str = "off") -> rp.Report:
-    totals = rp.Totals()
+def book_of(plan: list[rp.Candidate], versioning: str = "off") -> Book:
+    totals, report = rp.Totals(), rp.Report(versioning=versioning)
     for item in plan:
         totals.planned.add(item)
-    report = rp.Report(versioning=versioning)
     report.plan(totals)
-    return report
+    return Book(report)
 
 
-MOODS = ["well", "well", "some fail", "lost before", "lost after", "late", "busy", "not sent",
-         "refused", "bug"]  # fmt: skip
+def carry_out(
+    plan: list[rp.Candidate], bucket: Any, jobs: Any, rows=False, stops_after=None, rate=0
+) -> None:
+    stop, pace = StopAfter(stops_after), rp.Pace(rate)
+    rp.Rounds(bucket, bucket.book, stop, pace, jobs).run(rp.Spool(plan), rows)
+
+
+MOODS = ["well", "well", "some fail", "bug", *ERRORS]
 
 
 @settings(max_examples=250, deadline=None)
@@ -212,185 +178,130 @@ MOODS = ["well", "well", "some fail", "lost before", "lost after", "late", "busy
     rows=st.booleans(),
     breaks_after=st.none() | st.integers(0, 12),
     stops_after=st.none() | st.integers(0, 30),
+    threads=st.none() | st.integers(0, 9),
 )
 def test_every_key_ends_exactly_once(
-    count, seed, moods, workers, versioning, indexed, rows, breaks_after, stops_after
+    count, seed, moods, workers, versioning, indexed, rows, breaks_after, stops_after, threads
 ):
+    """While the run works, some keys come into use, some lose their rows."""
     plan = candidates(count, "expired", "orphan", *(("missing", "shared") if rows else ()))
-    report = report_of(plan, versioning)
-    book = Book(report)
-    bucket: Any = WaywardBucket(random.Random(seed), moods, book, workers)
-    table: Any = WaywardTable(random.Random(seed + 1), plan, breaks_after, indexed)
-    stop = StopAfter(stops_after)
-    finished = False
-    with suppress(rp.PurgeError, rp.Interrupted, ZeroDivisionError):
-        spool = rp.Spool(plan)
-        rp.Rounds(bucket, book, stop, rp.Pace(0), table).run(spool, rows)
+    reasons = {item.key: item.reason for item in plan}
+    dice, kept = random.Random(seed), set[str]()  # found in use, or without rows
+
+    def answer(key: str) -> Jobs:
+        luck = dice.random()
+        if reasons[key] == "shared":
+            return USED if luck < 0.8 else EXPIRED
+        if luck >= 0.1:
+            return None if reasons[key] == "orphan" else EXPIRED
+        kept.add(key)
+        return VANISHED if luck < 0.05 and reasons[key] == "expired" else USED
+
+    book = book_of(plan, versioning)
+    chance = random.Random(seed + 1)
+    bucket = WaywardBucket(iter(lambda: chance.choice(moods), None), book, chance, workers)
+    with_rows = {key for key, reason in reasons.items() if reason != "orphan"}
+    table = WaywardTable(answer, {*with_rows}, indexed, breaks_after)
+    starts = chain(repeat(threading.Thread.start, 10**9 if threads is None else threads),
+                   repeat(Mock(side_effect=RuntimeError("can't start new thread"))))  # fmt: skip
+
+    def start(*thread: Any) -> None:
+        next(starts)(*thread)
+
+    finished, errors = False, (rp.PurgeError, rp.Interrupted, ZeroDivisionError)
+    with pytest.MonkeyPatch.context() as patch, suppress(*errors):
+        patch.setattr(threading.Thread, "start", start)
+        carry_out(plan, bucket, table, rows, stops_after)
         finished = True
 
-    planned = {item.key for item in plan if item.reason in ("expired", "orphan")}
-    assert all(len(ends) == 1 for ends in book.ends.values())
-    assert set(book.ends) <= planned
-    left = report.as_dict()["not_attempted"]
-    assert left == len(planned) - len(book.ends)
-    assert left == 0 or not finished
-    assert report.deleted.objects + report.retained + report.failed + left == len(planned)
+    planned = {key for key, reason in reasons.items() if reason in ("expired", "orphan")}
+    ends = book.keys("deleted", "retained", "failed")
+    deleted, failed = {*book.keys("deleted")}, {*book.keys("failed")}
+    assert len(ends) == len({*ends})
+    assert {*ends} <= planned
+    told = book.report.as_dict()
+    assert told["not_attempted"] == len(planned) - len(ends)
+    assert told["not_attempted"] == 0 or not finished
+    counted = (book.report.deleted.objects, told["retained"], told["failed"])
+    assert counted == (len(deleted), len(book.keys("retained")), len(failed))
 
-    gone = set(bucket.gone)
-    assert book.of("deleted") <= gone <= book.of("deleted", "failed")
-    assert bucket.late <= book.of("deleted", "failed"), "said to be kept, but will go"
-    assert book.of("retained") <= table.kept
-    unlucky = {"refused", "bug"} & {*moods} or breaks_after is not None or stops_after is not None
+    assert deleted <= {*bucket.gone} <= deleted | failed
+    assert bucket.late <= deleted | failed, "said to be kept, but will go"
+    assert {*book.keys("retained")} <= kept
+    unlucky = {"refused", "bug"} & {*moods} or {breaks_after, stops_after, threads} != {None}
     assert finished or unlucky
-    if set(moods) == {"well"} and not unlucky:
-        assert gone == planned - table.kept
+    if {*moods} == {"well"} and not unlucky:
+        assert {*bucket.gone} == planned - kept
 
-    rowless = {key for key, reason in table.reasons.items() if reason != "orphan"} - table.rows
-    assert rowless <= book.row_intents
-    assert len(rowless) == report.jobs_deleted
-    may = {key for key, reason in table.reasons.items() if reason in ("missing", "shared")}
-    assert rowless <= (may | book.of("deleted") if rows else set())
+    rowless = with_rows - table.rows
+    assert rowless <= {*book.keys("delete-job")}
+    assert len(rowless) == told["jobs_deleted"]
+    may = {key for key, reason in reasons.items() if reason in ("missing", "shared")}
+    assert rowless <= (may | deleted if rows else set())
     if finished and rows:
-        due = book.of("deleted") | {item.key for item in plan if item.reason == "missing"}
+        due = deleted | {key for key, reason in reasons.items() if reason == "missing"}
         assert not due & table.rows
 
 
-# --- How a key may end ----------------------------------------------------------------------------
+IN_USE, GONE, YET = "a job refers to it by now", "its jobs have vanished", "may yet be deleted"
+ENDS: list[tuple[str, list[Jobs], list[str], str, str]] = [
+    ("expired", [EXPIRED], ["well"], "deleted", ""),
+    ("expired", [USED], [], "retained", IN_USE),
+    ("expired", [VANISHED], [], "retained", GONE),
+    ("expired", [EXPIRED, USED], ["busy"], "retained", IN_USE),
+    ("expired", [EXPIRED, USED], ["not sent"], "retained", IN_USE),
+    ("expired", [EXPIRED, USED], ["late"], "failed", YET),
+    ("expired", [EXPIRED, EXPIRED, USED], ["late", "busy"], "failed", YET),
+    ("expired", [EXPIRED, EXPIRED], ["late", "well"], "deleted", ""),
+    ("expired", 5 * [EXPIRED], ["late", "busy", "busy", "busy", "not sent"], "failed", YET),
+    ("expired", 5 * [EXPIRED], 5 * ["not sent"], "failed", "not sent"),
+    ("expired", 5 * [EXPIRED], 5 * ["lost before"], "failed", "lost before"),
+    ("orphan", [EXPIRED], [], "retained", IN_USE),
+    ("orphan", [None], ["well"], "deleted", ""),
+]
 
 
-class Table(WaywardTable):
-    """Jobs as they are given, for each time that it is asked."""
-
-    def __init__(self, *answers: tuple[int, int] | None) -> None:
-        super().__init__(random.Random(), [], None, indexed=True)
-        self.answers = list(answers)
-
-    def _jobs(self, name: str) -> rp.Reference | None:
-        found = self.answers.pop(0)
-        return None if found is None else rp.Reference(name, *found)
-
-
-class Bucket(WaywardBucket):
-    """Moods as they are given, for each request."""
-
-    def __init__(self, *moods: str, book: Book) -> None:
-        super().__init__(random.Random(), list(moods), book, workers=1)
-        self.dice.choice = lambda moods: moods.pop(0)  # type: ignore[method-assign]
-
-
-EXPIRED, USED, VANISHED = (1, 1), (2, 1), None
-
-
-@pytest.mark.parametrize(
-    ("jobs", "moods", "end", "why"),
-    [
-        ([EXPIRED], ["well"], "deleted", None),
-        ([USED], [], "retained", "a job refers to it by now"),
-        ([VANISHED], [], "retained", "its jobs have vanished"),
-        ([EXPIRED, USED], ["busy"], "retained", "a job refers to it by now"),
-        ([EXPIRED, USED], ["not sent"], "retained", "a job refers to it by now"),
-        ([EXPIRED, USED], ["late"], "failed", "it may yet be deleted"),
-        ([EXPIRED, VANISHED], ["late"], "failed", "it may yet be deleted"),
-        ([EXPIRED, EXPIRED, USED], ["late", "busy"], "failed", "it may yet be deleted"),
-        ([EXPIRED, EXPIRED], ["late", "well"], "deleted", None),
-        ([EXPIRED, EXPIRED], ["not sent", "well"], "deleted", None),
-        (5 * [EXPIRED], 5 * ["not sent"], "failed", "too old"),
-        (5 * [EXPIRED], 5 * ["lost before"], "failed", "reset"),
-    ],
-)
-def test_how_a_key_ends(jobs, moods, end, why):
-    plan = candidates(1)
-    book = Book(report_of(plan))
-    table: Any = Table(*jobs)
-    bucket: Any = Bucket(*moods, book=book)
-    rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(rp.Spool(plan))
-    assert book.ends == {plan[0].key: [end]}
-    assert why is None or [found for found in book.whys if why in found]
-    assert (table.answers, bucket.moods) == ([], [])
-
-
-@pytest.mark.parametrize(("reason", "jobs", "end"), [("orphan", (1, 1), "retained"),
-                         ("orphan", None, "deleted"), ("expired", (1, 1), "deleted")])  # fmt: skip
-def test_an_orphan_that_any_job_took_in_since_is_kept(reason, jobs, end):
-    plan = candidates(1, reason)
-    book = Book(report_of(plan))
-    table, bucket = Table(jobs), Bucket("well", book=book)
-    rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(  # type: ignore[arg-type]
-        rp.Spool(plan)
-    )
-    assert book.ends == {plan[0].key: [end]}
-
-
-def test_a_thread_that_cannot_start_stops_the_run_and_it_still_adds_up(monkeypatch):
-    plan = candidates(20)
-    report = report_of(plan)
-    book = Book(report)
-    bucket: Any = WaywardBucket(random.Random(), ["well"], book, workers=1)
-    table: Any = WaywardTable(random.Random(3), plan, None, indexed=True)
-    monkeypatch.setattr(table, "_jobs", lambda name: rp.Reference(name, 1, 1))
-    start = threading.Thread.start
-    left = [2]
-
-    def few(thread: threading.Thread) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", few)
-    with pytest.raises(rp.PurgeError, match="lower --workers"):
-        rp.Rounds(bucket, book, rp.Stop(), rp.Pace(0), table).run(rp.Spool(plan))
-    left_over = report.as_dict()["not_attempted"]
-    assert (len(book.of("deleted")), report.failed + left_over) == (8, 12)
-    assert set(bucket.gone) == book.of("deleted")
+@pytest.mark.parametrize(("reason", "jobs", "moods", "end", "why"), ENDS)
+def test_how_a_key_ends(reason, jobs, moods, end, why):
+    plan, answers, left = candidates(1, reason), iter(jobs), iter(moods)
+    book = book_of(plan)
+    bucket = WaywardBucket(left, book, random.Random())
+    carry_out(plan, bucket, WaywardTable(lambda key: next(answers)))
+    (told,) = [event for event in book.events if event[0] != "delete"]
+    assert told[:2] == (end, plan[0].key)
+    assert why in told[2]
+    assert [*answers, *left] == [], "asked less often"
 
 
 # --- Pace -----------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def test_the_rate_is_kept_over_time_and_may_begin_with_one_batch(clock):
-    pace = rp.Pace(3000, clock)
-    left = []
+def test_the_rate_is_kept_over_time_and_may_begin_with_one_batch():
+    now, left = [100.0], []
+    pace, unlimited = (rp.Pace(rate, lambda: now[0]) for rate in (3000, 0))
     for _ in range(30):
-        clock.now += pace.delay
-        left.append(clock.now)
+        now[0] += pace.delay
+        left.append(now[0])
         pace.sent(1000)
     assert left[0] == 100.0
     assert left[-1] - left[0] == pytest.approx(29 * 1000 / 3000)
-    clock.now += 60  # a rest does not save up for a burst
+    now[0] += 60  # a rest does not save up for a burst
     pace.sent(1000)
     assert pace.delay == pytest.approx(1000 / 3000)
+    unlimited.sent(10**9)
+    assert unlimited.delay == 0
 
 
-def test_no_rate_is_no_limit(clock):
-    pace = rp.Pace(0, clock)
-    pace.sent(10**9)
-    assert pace.delay == 0
-
-
-def test_all_ease_off_together_and_recover(clock, monkeypatch):
+def test_all_ease_off_together_and_recover(monkeypatch):
     monkeypatch.setattr(rp, "FIRST_PAUSE", 0.1)
     monkeypatch.setattr(rp, "LAST_PAUSE", 10.0)
-    pace = rp.Pace(0, clock)
-    pauses = []
+    now, pauses = [100.0], []
+    pace = rp.Pace(0, lambda: now[0])
     for _ in range(12):
         for _ in range(8):  # eight workers are told to slow down at the same time: one pause
             pace.answered(again=True)
         pauses.append(pace.delay)
-        clock.now += pace.delay
+        now[0] += pace.delay
     assert 0.05 <= pauses[0] <= 0.1
     assert 5 <= pauses[-1] <= 10
     for _ in range(10):
@@ -399,12 +310,10 @@ def test_all_ease_off_together_and_recover(clock, monkeypatch):
     assert pace.delay <= 0.1
 
 
-def test_without_an_index_a_round_holds_what_the_rate_lets_out_in_ten_seconds(monkeypatch):
-    monkeypatch.setattr(rp, "ROUND_BYTES", 10**9)
-    plan = candidates(50)
-    book = Book(report_of(plan))
-    bucket: Any = WaywardBucket(random.Random(), ["well"], book, workers=1)
-    for rate, sizes in {0: [13, 13, 13, 11], 1: [10] * 5}.items():
-        table: Any = WaywardTable(random.Random(), plan, None, indexed=False)
-        rounds = rp.Rounds(bucket, book, rp.Stop(), rp.Pace(rate), table)
-        assert [len(items) for items in rounds._cut(plan)] == sizes
+@pytest.mark.parametrize(("rate", "sizes"), [(0, [13, 13, 13, 11]), (1, [10] * 5)])
+def test_without_an_index_a_round_holds_what_the_rate_lets_out_in_ten_seconds(rate, sizes):
+    """All keys have lost their rows, so that no request waits for the rate."""
+    plan = candidates(50, "expired")
+    table = WaywardTable(lambda key: VANISHED, indexed=False)
+    carry_out(plan, WaywardBucket(iter(()), book_of(plan), random.Random()), table, rate=rate)
+    assert table.asked == sizes

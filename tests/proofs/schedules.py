@@ -1,4 +1,4 @@
-"""Random schedules: a table, a bucket, a policy, writers, faults, all drawn from one seed.
+"""Random schedules: a table, a bucket, a policy, a writer, faults, all drawn from one seed.
 
 `run_schedule(box, seed)` plays one, and raises AssertionError if anything is wrong. What is right,
 `Model` decides: a few lines that know nothing of streams, batches or SQL.
@@ -13,14 +13,16 @@ import signal
 import threading
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
-from faults import S3_FAULTS, Fault, Process, Run, Scene, as_seconds, at_random, late
+from faults import S3_FAULTS, Fault, Run, Scene, as_seconds, at_random, late
 from proxies import Request
 from pymysql.constants import CLIENT
 from sandbox import BUCKET, COLUMNS, DATABASE, TABLE, Job, Sandbox
@@ -37,9 +39,15 @@ REMAINING = [
 # What XML 1.0 cannot carry, and the carriage return.
 NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 ODD = "\x00\x01\x08\t\n\x1f\x7f\x85\xa0\u2028\ufffe\uffff/+%&<>\"'?#=;: \\*$é\u0301ß\U0010ffff"
-
+ROWS = f"SELECT jobId, CAST(completedAt AS CHAR), type, sourceData FROM {TABLE}"
+LATE = "delete carried out after the client gave up"
 
 # --- The model ------------------------------------------------------------------------------------
+
+
+def is_expired(job: Job) -> bool:
+    _, completed, type_, _ = job
+    return type_ == "TRIAL" and completed is not None and "1970" < completed < CUTOFF
 
 
 @dataclass(frozen=True)
@@ -50,20 +58,17 @@ class Model:
     orphans: bool
     grace_days: int
 
-    @staticmethod
-    def is_expired(job: Job) -> bool:
-        _, completed, type_, _ = job
-        return type_ == "TRIAL" and completed is not None and "1970" < completed < CUTOFF
-
-    def remains(self, job: Job) -> bool:
-        return not self.is_expired(job)
-
     def deletable(self, jobs: list[Job], objects: dict[str, int]) -> set[str]:
         named = {self.prefix + job[3] for job in jobs if job[3]}
-        kept = {self.prefix + job[3] for job in jobs if not self.is_expired(job)}
-        return {key for key in objects if key in named - kept} | {
-            key for key in objects if key not in named and self.is_old_orphan(key, objects[key])
-        }
+        kept = {self.prefix + job[3] for job in jobs if not is_expired(job)}
+        old = {key for key, days in objects.items() if self.is_old_orphan(key, days)}
+        return ({*objects} & (named - kept)) | {key for key in old if not self.forms(key) & named}
+
+    def forms(self, key: str) -> set[str]:
+        """The key, and the same name in other Unicode normalisations: a job may mean it."""
+        name = key.removeprefix(self.prefix)
+        forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+        return {key, *(self.prefix + form for form in forms)}
 
     def is_old_orphan(self, key: str, days: int) -> bool:
         """An object called like the prefix is nobody's data: a console's "folder"."""
@@ -72,10 +77,10 @@ class Model:
 
     def rows_left(self, jobs: list[Job]) -> set[str]:
         """Job ids after `--delete-jobs`, once all that may go is gone."""
-        return {job[0] for job in jobs if not self.is_expired(job) or not job[3]}
+        return {job[0] for job in jobs if not is_expired(job) or not job[3]}
 
 
-# --- What happened --------------------------------------------------------------------------------
+# --- What the writer did --------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -90,140 +95,114 @@ class State(NamedTuple):
 
 
 class History:
-    """What the writers did, and when: after a write returned, before the next one began. A writer
-    holds `writing` from before it looks until the write is noted."""
+    """The jobs that there were, and when: after a write returned, before the next one began."""
 
     def __init__(self, jobs: list[Job]) -> None:
         self.jobs = {job[0]: [State(job)] for job in jobs}
-        self.deleted: set[str] = set()  # by a writer
-        self.writing = threading.Lock()
+        self.deleted: set[str] = set()  # by the writer
+        self.writes: Counter[str] = Counter()
 
     def note(self, job_id: str, began: float, job: Job | None) -> None:
         """A write of this job, begun then, has returned now; None deleted it."""
-        now = time.time()
-        states = self.jobs.setdefault(job_id, [])
+        now, states = time.time(), self.jobs.setdefault(job_id, [])
         if states:
             last = states[-1]
             states[-1] = last._replace(until=min(last.until, began), died=min(last.died, now))
-        self.deleted.discard(job_id)
-        if job is None:
-            self.deleted.add(job_id)
-        else:
+        if job is not None:
             states.append(State(job, since=now, born=began))
 
-    def states(self) -> Iterator[State]:
-        for states in self.jobs.values():
-            yield from states
+    def of(self, name: str) -> list[State]:
+        states = [state for states in self.jobs.values() for state in states]
+        return [state for state in states if state.job[3] == name]
 
     def referred(self, name: str, start: float, end: float, counts: Callable[[Job], bool]) -> bool:
         """Whether at every moment from `start` to `end` a job that counts named it, for certain."""
         reached = start
-        for state in sorted(self.states(), key=lambda state: state.since):
-            if state.job[3] == name and counts(state.job) and state.since <= reached:
+        for state in sorted(self.of(name), key=lambda state: state.since):
+            if counts(state.job) and state.since <= reached:
                 reached = max(reached, state.until)
         return reached >= end
 
     def vanished(self, name: str, start: float, end: float) -> bool:
         """Whether at no moment from `start` to `end` any job can have named it."""
-        named = [state for state in self.states() if state.job[3] == name]
-        return all(state.died < start or state.born > end for state in named)
+        return all(state.died < start or state.born > end for state in self.of(name))
 
+    def kept(self, name: str) -> bool:
+        return any(not is_expired(state.job) for state in self.of(name))
 
-ROWS = f"SELECT jobId, CAST(completedAt AS CHAR), type, sourceData FROM {TABLE}"
+    # The writes, over the writer's own connection.
 
-
-class Writer(threading.Thread):
-    """Inserts, changes and deletes jobs over a connection of its own, as `History` is told."""
-
-    def __init__(self, scene: Scene, history: History, names: list[str], seed: str) -> None:
-        super().__init__(daemon=True)
-        self.stop = threading.Event()
-        self.error: Exception | None = None
-        self.writes = 0
-        self._scene, self._history, self._names = scene, history, names
-        self._dice, self._seed = random.Random(seed), seed
-
-    def run(self) -> None:
-        try:
-            with (
-                self._scene.box.database.admin(
-                    database=DATABASE,
-                    client_flag=CLIENT.FOUND_ROWS,
-                    init_command=f"SET {self._scene.db.patience(0)}",
-                ) as connection,
-                connection.cursor() as cursor,
-            ):
-                cursor.execute("SET time_zone = '+00:00', sql_mode = ''")
-                while not self.stop.wait(self._pause()):
-                    with self._history.writing:
-                        self._write(cursor)
-                    self.writes += 1
-        except Exception as error:
-            self.error = error
-
-    def _pause(self) -> float:
-        return self._dice.random() * 0.06
-
-    def _write(self, cursor: Any) -> None:
-        dice = self._dice
-        began = time.time()
-        if dice.random() < 0.6:
+    def change(self, cursor: Any, dice: random.Random, names: list[str]) -> None:
+        """Insert a job, or delete or upgrade one."""
+        self.writes["jobs written during the run"] += 1
+        there, began = sorted({*self.jobs} - self.deleted - {"anchor"}), time.time()
+        if dice.random() < 0.6 or not there:
             type_, done = dice.choice(REMAINING if dice.random() < 0.7 else EXPIRED)
-            job_id = f"w{self._seed}-{self.writes}"
-            job = (job_id, done, type_, dice.choice(self._names))
+            job = (f"w{len(self.jobs)}", done, type_, dice.choice(names))
             cursor.execute(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", job)
-            self._history.note(job_id, began, job)
+            self.note(job[0], began, job)
             return
-        mine = [key for key in self._history.jobs if key not in self._history.deleted]
-        mine = [key for key in mine if key.startswith((f"w{self._seed}-", f"j{self._seed}-"))]
-        if not mine:
-            return
-        job_id = dice.choice(mine)
-        old = self._history.jobs[job_id][-1].job
+        job_id = dice.choice(there)
         if dice.random() < 0.6:
-            cursor.execute(f"DELETE FROM {TABLE} WHERE jobId = %s", (job_id,))
-            self._history.note(job_id, began, None)
-        else:
-            job = (job_id, old[1], "OFFICIAL", old[3])
-            found = cursor.execute(
-                f"UPDATE {TABLE} SET type = 'OFFICIAL' WHERE jobId = %s", (job_id,)
-            )
-            self._history.note(job_id, began, job if found else None)
-            if not found:  # the purge has deleted it
-                self._history.deleted.discard(job_id)
+            if cursor.execute(f"DELETE FROM {TABLE} WHERE jobId = %s", (job_id,)):
+                self.deleted.add(job_id)  # and not the purge
+            self.note(job_id, began, None)
+            return
+        _, done, _, name = self.jobs[job_id][-1].job
+        upgrade = f"UPDATE {TABLE} SET type = 'OFFICIAL' WHERE jobId = %s"
+        found = cursor.execute(upgrade, (job_id,))  # or the purge has deleted it
+        self.note(job_id, began, (job_id, done, "OFFICIAL", name) if found else None)
 
-
-class Reloader(Writer):
-    """Takes rows away and puts the same rows back a moment later: the whole table by TRUNCATE or
-    DELETE, as a reload does, or some of it, as an upgrade does."""
-
-    def _pause(self) -> float:
-        return self._dice.uniform(0, 0.3)
-
-    def _write(self, cursor: Any) -> None:
-        dice = self._dice
+    def reload(self, cursor: Any, dice: random.Random) -> None:
+        """Take rows away and put the same rows back a moment later: the whole table by TRUNCATE or
+        DELETE, as a reload does, or some of it, as an upgrade does."""
+        self.writes["rows taken away and put back during the run"] += 1
         cursor.execute(ROWS)
         rows: list[Job] = list(cursor.fetchall())
-        some = dice.sample(rows, min(len(rows), dice.choice([1, 10])))
-        away = dice.choice(["TRUNCATE", "DELETE FROM", ""])
-        began = time.time()
+        began, away = time.time(), dice.choice(["TRUNCATE", "DELETE FROM", ""])
         if away:
-            some = rows
             cursor.execute(f"{away} {TABLE}")
-        elif some:
-            ids = [job[0] for job in some]
+        else:
+            rows = dice.sample(rows, min(len(rows), dice.choice([1, 10])))
+            ids = [job[0] for job in rows] or [""]
             cursor.execute(f"DELETE FROM {TABLE} WHERE jobId IN %s", (ids,))
-        whose = list(self._history.jobs) if away else [job[0] for job in some]
-        for job_id in whose:
-            if job_id not in self._history.deleted:
-                self._history.note(job_id, began, None)
-                self._history.deleted.discard(job_id)  # if it is away at the end, the purge did it
+        for job_id in {*self.jobs} - self.deleted if away else [job[0] for job in rows]:
+            self.note(job_id, began, None)  # if it is away at the end, the purge did it
         time.sleep(dice.choice([0, 0.02, 0.3]))
-        for start in range(0, len(some), 500):
-            began, chunk = time.time(), some[start : start + 500]
+        for start in range(0, len(rows), 500):
+            began, chunk = time.time(), rows[start : start + 500]
             cursor.executemany(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", chunk)
             for job in chunk:
-                self._history.note(job[0], began, job)
+                self.note(job[0], began, job)
+
+
+@contextmanager
+def writing(scene: Scene, history: History, draw: Draw) -> Iterator[None]:
+    """Within, jobs are written all the time, by a thread of its own."""
+    done, dice = threading.Event(), random.Random(draw.seed)
+
+    def write() -> None:
+        limit = f"SET {scene.db.patience(0)}"
+        with scene.box.database.admin(
+            database=DATABASE, client_flag=CLIENT.FOUND_ROWS, init_command=limit
+        ) as connection:
+            cursor = connection.cursor()
+            cursor.execute("SET time_zone = '+00:00', sql_mode = ''")
+            while not done.wait(dice.random() * draw.pause):
+                if dice.random() < draw.reloads:
+                    history.reload(cursor, dice)
+                else:
+                    history.change(cursor, dice, draw.names)
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write) if draw.pause else None
+        try:
+            yield
+        finally:
+            done.set()
+        if writer:
+            writer.result()
+    scene.injected.update({("writers", kind): count for kind, count in history.writes.items()})
 
 
 # --- The schedule ---------------------------------------------------------------------------------
@@ -248,36 +227,31 @@ def random_name(dice: random.Random, names: list[str]) -> str:
     return f"{'k/' * dice.randrange(3)}{dice.randrange(10_000):05}"
 
 
-@dataclass
 class Draw:
     """All that a seed decides before the run starts."""
 
-    seed: int
-    dice: random.Random = field(init=False)
-    model: Model = field(init=False)
-    jobs: list[Job] = field(init=False)
-    objects: dict[str, int] = field(init=False)
-    names: list[str] = field(init=False)  # that writers use
-
-    def __post_init__(self) -> None:
-        dice = self.dice = random.Random(self.seed)
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        dice = self.dice = random.Random(seed)
         prefix = dice.choice(["", "", "data/", "p é+%/", "a"])
         orphans = dice.random() < 0.5
         self.model = Model(prefix, orphans, dice.choice([0, 7]) if orphans else 7)
         self.versioned, self.delete_jobs = dice.random() < 0.2, dice.random() < 0.4
         self.dry = dice.random() < 0.08
+        # The writer's longest pause (seconds), 0 for none; the share of reloads among its writes.
+        self.pause, self.reloads = dice.choice([0, 0.03, 0.06]), dice.choice([0, 0, 0, 0.2])
         # Now and then the script as it is, with requests of 1,000 keys.
         many = dice.random() < 0.02 and not self.versioned  # an undo asks for every single key
-        self.patches: dict[str, Any] = {}
-        if not many and dice.random() < 0.8:
-            self.patches = self._small(dice)
-        count = 2200 if many else dice.choice([2, 10, 30, 60, 60])
+        self.patches = {} if many or dice.random() < 0.2 else self._small(dice)
         names: list[str] = []
-        for _ in range(min(count, 60)):
+        for _ in range(60 if many else dice.choice([2, 10, 30, 60, 60])):
             names.append(random_name(dice, names))
-        if many:
-            names += [f"m{n:05}" for n in range(count)]
-        self._fill(dice, sorted({self._for_moto(name) for name in names}), prefix)
+        self.names = sorted({self._for_moto(name) for name in names})
+        self._fill(dice, self.names + [f"m{n:05}" for n in range(2200 * many)], prefix)
+        self.options = [*AS_OF, "--workers", str(dice.choice([1, 2, 4]))]
+        self.options += [f"--prefix={prefix}"] if prefix else []
+        grace = ["--orphans", "--orphan-grace-days", str(self.model.grace_days)]
+        self.options += grace * orphans + ["--delete-jobs"] * self.delete_jobs
 
     def _small(self, dice: random.Random) -> dict[str, Any]:
         """Few keys and rows at a time, so that there are many batches and rounds; now and then
@@ -287,47 +261,31 @@ class Draw:
         patches["ROUND_KEYS"] = batch * dice.choice([1, 3, 30])
         trouble = dice.random()
         if trouble < 0.15:
-            patches |= {"MAX_RECHECK_AGE": 0.6, "SIGN": (dice.choice([0.1, 0.4]), 2.2)}
-        elif trouble < 0.35:
-            patches["DELETE_TIMEOUT"] = 1
-        return patches
+            return patches | {"MAX_RECHECK_AGE": 0.6, "SIGN": (dice.choice([0.1, 0.4]), 2.2)}
+        return patches | ({"DELETE_TIMEOUT": 1} if trouble < 0.35 else {})
 
     def _for_moto(self, name: str) -> str:
         """moto can neither list the versions of a key that XML cannot carry, nor delete a key with
         a line feed singly."""
-        if self.versioned or "\n" in name:
-            name = NOT_XML.sub("", name)
-        return name or "x"
+        return (NOT_XML.sub("", name) if self.versioned or "\n" in name else name) or "x"
 
     def _fill(self, dice: random.Random, names: list[str], prefix: str) -> None:
         """Most names get jobs, most of these are expired, most have an object."""
-        self.jobs = [("j-anchor", None, "OFFICIAL", "anchor"), ("j-empty", *EXPIRED[0][::-1], "")]
+        self.jobs: list[Job] = [("anchor", None, "OFFICIAL", "anchor")]
+        self.jobs.append(("empty", *EXPIRED[0][::-1], ""))
         self.objects = {prefix + "anchor": 1}
         for name in names:
             for _ in range(dice.choice([0, 1, 1, 1, 2, 3])):
                 type_, done = dice.choice(EXPIRED if dice.random() < 0.75 else REMAINING)
-                # A writer may change only jobs of its own: there are two.
-                job_id = f"j{dice.randrange(2)}-{len(self.jobs)}"
-                self.jobs.append((job_id, done, type_, name))
+                self.jobs.append((f"j{len(self.jobs)}", done, type_, name))
             if dice.random() < 0.85:
                 self.objects[prefix + name] = dice.choice([1, 1, 30])
-        if prefix:
-            for name in names[:5]:
-                self.objects.setdefault(name, 30)
-        self.names = names[:60]
-
-    @property
-    def options(self) -> list[str]:
-        options = [*AS_OF, "--workers", str(self.dice.choice([1, 2, 4]))]
-        options += [f"--prefix={self.model.prefix}"] if self.model.prefix else []
-        if self.model.orphans:
-            options += ["--orphans", "--orphan-grace-days", str(self.model.grace_days)]
-        return options + ["--delete-jobs"] * self.delete_jobs
+        for name in names[:5]:
+            self.objects.setdefault(name, 30)
 
     def load(self, box: Sandbox) -> None:
-        columns = COLUMNS.replace(
-            "general_ci", self.dice.choice(["general_ci", "bin", "unicode_ci"])
-        )
+        collation = self.dice.choice(["general_ci", "bin", "unicode_ci"])
+        columns = COLUMNS.replace("general_ci", collation)
         if self.dice.random() < 0.5:  # the re-check then asks in another way
             columns = columns.replace("NOT NULL)", "NOT NULL, KEY (sourceData))")
         box.load(self.jobs, [], columns)
@@ -338,158 +296,87 @@ class Draw:
             box.put(key, age=timedelta(days=days))
 
 
-def table(scene: Scene) -> list[Job]:
-    """The job table as it is."""
-    return list(
-        scene.db.sql(
-            "SET time_zone = '+00:00'",
-            ROWS,
-        )
-    )
+@contextmanager
+def chaos(scene: Scene, draw: Draw, running: list[Any]) -> Iterator[None]:
+    """Database, server and process break: at some request to S3, or after some time."""
+    dice, db, asked = draw.dice, scene.db, scene.s3
+    freeze = partial(db.freeze, 0.4)
+    actions: list[Any] = [db.break_connections, db.kill, partial(db.kill, "QUERY"), freeze]
+    actions += [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    at: dict[tuple[str, int], Any] = {}
+    timers: list[threading.Timer] = []
 
+    def act(action: Any) -> None:
+        if callable(action):
+            action()
+        elif running:
+            scene.signal(running[0], action)
 
-class Chaos:
-    """What breaks during the run, at which request to S3 or after how long."""
+    def watch(request: Request) -> None:
+        for place in (("", len(asked.requests)), ("delete", asked.count("delete"))):
+            act(at.pop(place, lambda: None))
 
-    def __init__(self, scene: Scene, dice: random.Random) -> None:
-        self._scene, self._dice = scene, dice
-        self.process: Process | None = None
-        self.writers: list[Writer] = []  # that begin with the listing
-        self._timers: list[threading.Thread] = []
-        self._at: dict[tuple[str, int], Callable[[], None]] = {}
-        actions: list[Callable[[], None]] = [
-            scene.db.break_connections,
-            scene.db.kill,
-            lambda: scene.db.kill("QUERY"),
-            lambda: scene.db.freeze(0.4),
-        ]
-        for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            actions.append(lambda signum=each: self._signal(signum))
-        for _ in range(dice.choice([0, 0, 1, 1, 2])):
-            action = dice.choice(actions)
-            if dice.random() < 0.7:
-                what = dice.choice(["", "delete"])  # any request, or the deletes alone
-                self._at[what, dice.randrange(1, 7 if what else 20)] = action
-            else:
-                timer = threading.Timer(dice.uniform(0.3, 1.0), action)
-                timer.daemon = True
-                self._timers.append(timer)
-
-    def _signal(self, signum: int) -> None:
-        if self.process is not None:
-            self._scene.signal(self.process, signum)
-
-    def watch(self, request: Request) -> None:
-        s3 = self._scene.s3
-        for place in (("", len(s3.requests)), ("delete", s3.count("delete"))):
-            action = self._at.pop(place, None)
-            if action is not None:
-                action()
-        if request.operation == "list":
-            self._start(self.writers)
-
-    def _start(self, writers: list[Writer]) -> None:
-        """The writers begin now; the references are read by then."""
-        while writers:
-            with suppress(IndexError):  # another request was quicker
-                writers.pop().start()
-
-    @contextmanager
-    def settings(self) -> Iterator[None]:
-        """A server that is not as it should be, now and then."""
-        sick = ["wait_timeout = 1", self._scene.db.patience(0.001), "read_only = 1"]
-        with ExitStack() as stack:
-            if self._dice.random() < 0.15:
-                stack.enter_context(self._scene.db.setting(self._dice.choice(sick)))
-            yield
-
-    def __enter__(self) -> Chaos:
-        for timer in self._timers:
+    for action in dice.choices(actions, k=dice.choice([0, 0, 1, 1, 2])):
+        if dice.random() < 0.7:
+            what = dice.choice(["", "delete"])  # any request, or the deletes alone
+            at[what, dice.randrange(1, 7 if what else 20)] = action
+        else:
+            timers.append(threading.Timer(dice.uniform(0.5, 1.5), act, [action]))
+    asked.watch = watch
+    sick = dice.choice(["wait_timeout = 1", db.patience(0.001), "read_only = 1"])
+    with db.setting(sick) if dice.random() < 0.15 else nullcontext():
+        for timer in timers:
             timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for timer in self._timers:
-            timer.cancel()  # type: ignore[attr-defined]
+        yield
+        for timer in timers:
+            timer.cancel()
             timer.join()
 
 
 def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
     """Play a schedule; how often which fault took place. Raises AssertionError."""
     draw = Draw(seed)
-    with Scene(box, draw.patches, fork=True) as scene:
+    with Scene(box, draw.patches) as scene:
         draw.load(box)
-        scene.s3.page = (
-            draw.dice.choice([None, 1 if len(draw.objects) < 12 else 10, 10, 25])
-            if len(draw.objects) < 100
-            else None
-        )
-        options = draw.options
+        if len(draw.objects) < 100:
+            few = 1 if len(draw.objects) < 12 else 10
+            scene.s3.page = draw.dice.choice([None, few, 10, 25])
         history = History(draw.jobs)
-        run = disturbed(scene, draw, history, options)
-        if draw.dry:
-            assert not run.gone
-            assert not run.events
+        run = disturbed(scene, draw, history)
+        assert not (draw.dry and (run.gone or run.events))
         never_too_much(draw, history, run)
         if draw.delete_jobs:
             rows_in_order(scene, draw, history, run)
         scene.calm()
-        converges(scene, draw, options)
+        converges(scene, draw)
         return scene.injected
 
 
-def disturbed(scene: Scene, draw: Draw, history: History, options: list[str]) -> Run:
-    """The run that meets the faults and the writers."""
+def disturbed(scene: Scene, draw: Draw, history: History) -> Run:
+    """The run that meets the faults and the writer."""
     dice, share = draw.dice, draw.dice.choice([0, 0.2, 0.5])
-    writers = [Writer(scene, history, draw.names, str(n)) for n in range(dice.choice([0, 1, 2]))]
-    if dice.random() < 0.25:
-        writers.append(Reloader(scene, history, draw.names, f"reload {draw.seed}"))
-    chaos = Chaos(scene, dice)
-    if draw.patches.get("SIGN"):
-        scene.injected["process", "credentials that took long"] += 1
-    faults = dice.choice([S3_FAULTS, of_deletes(S3_FAULTS)])
+    of_deletes: dict[str, Fault] = {  # listings and the like meet none: runs get further
+        kind: (tuple(place for place in where if place.startswith("delete")), act)
+        for kind, (where, act) in S3_FAULTS.items()
+    }
+    faults = dice.choice([S3_FAULTS, of_deletes])
     if "DELETE_TIMEOUT" in draw.patches:
         lately = {LATE: (("delete", "delete-one"), late(dice.choice([1.2, 2.5, 5])))}
         scene.s3.faults |= lately
-        faults = dice.choice([lately, faults | lately])
-        share = max(share, 0.2)
+        faults, share = dice.choice([lately, faults | lately]), max(share, 0.2)
     scene.s3.choose = at_random(dice, share, 5, faults)
-    scene.s3.latency, scene.s3.watch = dice.choice([0, 0.05, 0.2]), chaos.watch
-    before = set(scene.box.live_keys())
-    if dice.random() < 0.5:
-        chaos.writers = writers[:]
-    else:
-        for writer in writers:
-            writer.start()
-    with chaos.settings(), chaos:
-        chaos.process = scene.start(*options, *["-n"] * draw.dry)
-        try:
-            run = scene.finish(chaos.process, before, 0)
-        finally:
-            chaos.writers.clear()
-            for writer in writers:
-                writer.stop.set()
-                if writer.ident:
-                    writer.join()
-    assert not [writer.error for writer in writers if writer.error]
+    scene.s3.latency = dice.choice([0, 0.05, 0.2])
+    before, running = set(scene.box.live_keys()), list[Any]()
+    with chaos(scene, draw, running), writing(scene, history, draw):
+        running.append(scene.start(*draw.options, *["-n"] * draw.dry))
+        run = scene.finish(running[0], before, 0)
+    if "SIGN" in draw.patches:
+        scene.injected["process", "credentials that took long"] += 1
     scene.injected["runs", f"ended with exit code {run.code}"] += 1
-    for writer in writers:
-        kind = "jobs written during the run"
-        if isinstance(writer, Reloader):
-            kind = "rows taken away and put back during the run"
-        scene.injected["writers", kind] += writer.writes
     return run
 
 
-LATE = "delete carried out after the client gave up"
-
-
-def of_deletes(faults: dict[str, Fault]) -> dict[str, Fault]:
-    """The same faults, but listings and the like meet none: runs get further."""
-    return {
-        kind: (tuple(place for place in where if place.startswith("delete")), act)
-        for kind, (where, act) in faults.items()
-    }
+# --- What must hold -------------------------------------------------------------------------------
 
 
 def never_too_much(draw: Draw, history: History, run: Run) -> None:
@@ -499,67 +386,55 @@ def never_too_much(draw: Draw, history: History, run: Run) -> None:
     The re-check took place before the intent was logged, no longer ago than the run admits; where
     requests may be too old to be sent after their intent, no longer ago than they may be.
     """
-    age = run.limit if draw.patches.get("SIGN") else run.age
+    age = run.limit if "SIGN" in draw.patches else run.age
     for event in run.events:
         if event["event"] != "delete":
             continue
-        end = as_seconds(event["time"])
-        start = end - age - 0.01
-        name = event["key"].removeprefix(draw.model.prefix)
-        orphan = event["reason"] == "orphan"
-        counts = (lambda job: True) if orphan else draw.model.remains
-        held = history.referred(name, start, end, counts)
-        assert not held, f"{event['key']!r} was to be deleted though a job referred to it"
+        key, end, orphan = event["key"], as_seconds(event["time"]), event["reason"] == "orphan"
+        start, name = end - age - 0.01, key.removeprefix(draw.model.prefix)
+        held = history.referred(
+            name, start, end, lambda job, any_=orphan: any_ or not is_expired(job)
+        )
+        assert not held, f"{key!r} was to be deleted though a job referred to it"
+        assert key.startswith(draw.model.prefix)
         if orphan:
-            days = draw.objects[event["key"]]
-            assert draw.model.is_old_orphan(event["key"], days), event
+            assert draw.model.is_old_orphan(key, draw.objects[key]), event
         else:
-            was = [s.job for s in history.states() if s.job[3] == name]
-            assert any(draw.model.is_expired(job) for job in was), event
+            assert any(is_expired(state.job) for state in history.of(name)), event
             away = history.vanished(name, start, end)
-            assert not away, f"{event['key']!r} was to be deleted though all its rows were away"
-        assert event["key"].startswith(draw.model.prefix)
+            assert not away, f"{key!r} was to be deleted though all its rows were away"
 
 
 def rows_in_order(scene: Scene, draw: Draw, history: History, run: Run) -> None:
     """The purge deleted rows only of expired jobs, whose object is gone or kept by another job; and
     said so in the log before."""
-    left = {job[0] for job in table(scene)}
+    left = {job_id for job_id, *_ in scene.db.sql(ROWS)}
     intents = [event for event in run.events if event["event"] == "delete-job"]
-    intended = {event["job_id"] for event in intents}
-    for job_id, states in history.jobs.items():
-        if job_id in left or job_id in history.deleted:
-            continue
-        job = states[-1].job
-        assert draw.model.is_expired(job), f"row {job} is gone"
-        assert job_id in intended, f"row {job} is gone without an intent in the log"
-        key = draw.model.prefix + job[3]
-        users = [s for s in history.states() if s.job[3] == job[3]]
-        kept = any(not draw.model.is_expired(state.job) for state in users)
-        assert key not in run.after or kept, f"row {job} is gone, its object is there"
+    for job_id in {*history.jobs} - left - history.deleted:
+        job = history.jobs[job_id][-1].job
+        assert is_expired(job), f"row {job} is gone"
+        assert job_id in {event["job_id"] for event in intents}, f"{job} is gone without an intent"
+        away = draw.model.prefix + job[3] not in run.after
+        assert away or history.kept(job[3]), f"row {job} is gone, its object is there"
     done = {event["key"]: event["ends_at"] for event in run.events if event["event"] == "deleted"}
     for event in intents:
-        key = event["key"]
-        users = [s.job for s in history.states() if draw.model.prefix + s.job[3] == key]
-        kept = any(not draw.model.is_expired(job) for job in users)
+        key, name = event["key"], event["key"].removeprefix(draw.model.prefix)
         gone = key not in run.before or done.get(key, math.inf) < event["ends_at"]
-        assert kept or gone, f"{event} before its object was gone"
-        assert event["job_id"] in {job[0] for job in users}
-    if not run.was_killed:
-        assert run.summary["jobs_deleted"] <= len(intents)
+        assert gone or history.kept(name), f"{event} before its object was gone"
+        assert event["job_id"] in {state.job[0] for state in history.of(name)}
+    assert run.was_killed or run.summary["jobs_deleted"] <= len(intents)
 
 
-def converges(scene: Scene, draw: Draw, options: list[str]) -> None:
+def converges(scene: Scene, draw: Draw) -> None:
     """A run without faults leaves what the model says; the next one finds nothing to do."""
-    jobs = table(scene)
+    jobs = list(scene.db.sql("SET time_zone = '+00:00'", ROWS))
     objects = {key: draw.objects[key] for key in scene.box.live_keys()}
-    right = set(objects) - draw.model.deletable(jobs, objects)
-    second = scene.purge(*options)
+    second = scene.purge(*draw.options)
+    right = {*objects} - draw.model.deletable(jobs, objects)
     assert (second.code, second.after) == (0, right), second
-    if draw.delete_jobs:
-        assert set(scene.box.job_ids()) == draw.model.rows_left(jobs)
+    assert not draw.delete_jobs or {*scene.box.job_ids()} == draw.model.rows_left(jobs)
     # Rows that --delete-jobs removed were the only thing that told an orphan.
-    third = scene.purge(*options)
+    third = scene.purge(*draw.options)
     assert (third.code, third.counted("planned"), third.summary["jobs_deleted"]) == (0, 0, 0)
     if draw.versioned:
         undo(scene, draw)
@@ -575,15 +450,15 @@ def undo(scene: Scene, draw: Draw) -> None:
     stacked = Counter(item["Key"] for item in versions.get("DeleteMarkers", []))
     twice = [key for key, count in stacked.items() if count > 1]
     assert not twice or scene.injected["S3 delete", LATE], "delete markers are stacked"
-    intents: dict[str, set[str]] = {}
+    intents: dict[str, set[str]] = defaultdict(set)
     for event in scene.events():
         if event["event"] == "delete":
-            intents.setdefault(event["run_id"], set()).add(event["key"])
-    prefix = [f"--prefix={draw.model.prefix}"] if draw.model.prefix else []
+            intents[event["run_id"]].add(event["key"])
+    prefix = [f"--prefix={draw.model.prefix}"] * bool(draw.model.prefix)
     for run_id, keys in reversed(intents.items()):
         hidden = keys - set(scene.box.live_keys())
         summary = scene.undo("--run-id", run_id, *prefix)
-        live = set(scene.box.live_keys())
-        assert summary["restored"]["expired"] + summary["restored"]["orphan"] == len(hidden & live)
+        live, told = set(scene.box.live_keys()), summary["restored"]
+        assert told["expired"] + told["orphan"] == len(hidden & live)
         assert summary["retained"] == len(keys - live), "not restored, and not said so"
         assert summary["retained"] <= len(twice), "a run's own delete marker was left alone"

@@ -1,11 +1,8 @@
 """The sandbox's stand-in for RDS's IAM login: PAM asks it whether a token is good.
 
-pam_exec runs it once per login attempt, with the user in PAM_USER and the token on standard
-input. It checks all that RDS checks: host, port, action, user, access key, region, service,
-expiry, and the SigV4 signature, computed anew from the sandbox's own secret key. Every attempt is
-appended to a log, so that a test can tell that no secret arrived at all.
-
-usage: check_token.py CONFIG.json
+pam_exec runs it for each login, with the sandbox's settings, the user in PAM_USER and the token on
+standard input. It checks what RDS checks, the SigV4 signature with the sandbox's own secret key,
+and logs each attempt, so that a test can tell that no secret arrived at all.
 """
 
 import hmac
@@ -28,29 +25,21 @@ def fault(token: str, user: str, config: dict) -> str | None:
     signature = fields.pop("X-Amz-Signature", "")
     issued = datetime.strptime(fields["X-Amz-Date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
     scope = f"{config['access_key']}/{issued:%Y%m%d}/{config['region']}/rds-db/aws4_request"
-    lifetime = timedelta(seconds=min(int(fields["X-Amz-Expires"]), 900))
-    now = datetime.now(UTC)
-    for wrong, what in (
-        (url.netloc != f"{config['host']}:{config['port']}", f"signed for {url.netloc}"),
-        (fields.get("Action") != "connect", "another action"),
-        (fields.get("DBUser") != user, f"signed for user {fields.get('DBUser')}, not {user}"),
-        (fields.get("X-Amz-Credential") != scope, "another key, day, region or service"),
-        (not issued - timedelta(minutes=5) <= now <= issued + lifetime, "expired"),
-        (not hmac.compare_digest(signature, expected(url, fields, config)), "wrong signature"),
-    ):
-        if wrong:
-            return what
-    return None
-
-
-def expected(url, fields: dict, config: dict) -> str:
-    """The SigV4 signature that the sandbox's own secret key gives this URL."""
+    age, lifetime = datetime.now(UTC) - issued, min(int(fields["X-Amz-Expires"]), 900)
     request = AWSRequest("GET", f"https://{url.netloc}{url.path}", params=fields)
     request.context["timestamp"] = fields["X-Amz-Date"]
     keys = Credentials(config["access_key"], config["secret_key"])
     signer = SigV4QueryAuth(keys, "rds-db", config["region"])
-    canonical = signer.canonical_request(request)
-    return signer.signature(signer.string_to_sign(request, canonical), request)
+    text = signer.string_to_sign(request, signer.canonical_request(request))
+    checks = {
+        f"signed for {url.netloc}": url.netloc == f"{config['host']}:{config['port']}",
+        "another action": fields.get("Action") == "connect",
+        f"signed for user {fields.get('DBUser')}, not {user}": fields.get("DBUser") == user,
+        "another key, day, region or service": fields.get("X-Amz-Credential") == scope,
+        "expired": timedelta(minutes=-5) <= age <= timedelta(seconds=lifetime),
+        "wrong signature": hmac.compare_digest(signature, signer.signature(text, request)),
+    }
+    return next((what for what, right in checks.items() if not right), None)
 
 
 def main() -> int:

@@ -25,17 +25,15 @@ class LocalBucket(rp.Bucket):
     """Answers are those of `s3_stub` over `keys`, changed by `after` (of the request's number,
     beginning with 1, and the answer). Nothing is asked twice."""
 
-    def __init__(self, keys: Iterable[str] = (), prefix: str = "", workers: int = 2) -> None:
+    def __init__(self) -> None:
         session = boto3.Session("key", "secret", region_name="eu-west-1")
-        super().__init__(session, rp.Report("purge", "bucket", prefix, "t"), workers, rp.Stop())
-        self.fill(keys, prefix, workers)
+        super().__init__(session, rp.Report("purge", "bucket", "", "t"), 2, rp.Stop())
+        self.fill()
 
     def fill(self, keys: Iterable[str] = (), prefix: str = "", workers: int = 2) -> LocalBucket:
         """Begin anew: making one costs more than most tests."""
         self.name, self.prefix, self.workers = "bucket", prefix, workers
-        self.store = s3_stub.Store()
-        self.store.keys = sorted(keys)
-        self.store.alive = bytearray(b"\1") * len(self.store.keys)
+        self.store = s3_stub.Store(keys)
         self.after: Callable[[int, Answer], Answer] = lambda number, answer: answer
         self.asked: list[dict[str, str]] = []  # the query of each request
         return self
@@ -54,8 +52,7 @@ class LocalBucket(rp.Bucket):
         url = urlsplit(request.url)
         query = dict(parse_qsl(url.query, keep_blank_values=True))
         self.asked.append(query)
-        number, key = len(self.asked), unquote(url.path[1:])
-        method, body = request.method, request.body or b""
-        answer = s3_stub.operation(self.store, method, "bucket", key, query, body)[1]
+        number, key, body = len(self.asked), unquote(url.path[1:]), request.body or b""
+        answer = s3_stub.operation(self.store, request.method, "bucket", key, query, body)[1]
         status, content = self.after(number, answer)
         return AWSResponse(request.url, status, {}, Body(content))

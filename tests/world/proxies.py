@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -35,41 +35,36 @@ class TcpProxy:
         self._target = port
         self._listener = socket.create_server((LOCAL, 0))
         self.port: int = self._listener.getsockname()[1]
-        self.sent = bytearray()
-        self.received = 0
+        self.sent, self.received = bytearray(), 0
         self.on_received: Callable[[int], None] = lambda total: None
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._ends: list[socket.socket] = []
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._listener.close()
+        self._ends.append(self._listener)  # wakes the thread that accepts
         self.cut()
+        self._listener.close()
 
     def cut(self) -> None:
         """Break every connection that is open now."""
-        for pair in self._pairs:
-            for end in pair:
-                with suppress(OSError):  # it may be closed already
-                    end.shutdown(socket.SHUT_RDWR)
+        for end in self._ends:
+            with suppress(OSError):  # it may be closed already
+                end.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
-        while True:
-            try:
+        with suppress(OSError):
+            while True:
                 client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection((LOCAL, self._target))
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # a held stream is felt
-            self._pairs.append((client, server))
-            threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
+                server = socket.create_connection((LOCAL, self._target))
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # holding is felt
+                self._ends += client, server
+                threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        try:
+        with client, server, suppress(OSError):
             while True:
                 for source in select.select([client, server], [], [])[0]:
                     data = source.recv(65536)
@@ -82,11 +77,6 @@ class TcpProxy:
                         self.received += len(data)
                         self.on_received(self.received)
                         client.sendall(data)
-        except OSError:
-            pass
-        finally:
-            client.close()
-            server.close()
 
 
 @dataclass
@@ -116,21 +106,17 @@ class Request:
 
 @dataclass
 class Answer:
-    """An answer of S3, or a stand-in for one.
+    """An answer of S3, or a stand-in for one: DROP closes the connection, RESET resets it (RST).
 
-    `drop` closes the connection instead, and with `reset` the client sees it reset (RST). A
-    Content-Length among the headers stands: one that is too long cuts the body short.
+    A Content-Length among the headers stands: one that is too long cuts the body short.
     """
 
     status: int
-    body: bytes
+    body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
-    drop: bool = False
-    reset: bool = False
 
 
-DROP = Answer(0, b"", drop=True)
-RESET = Answer(0, b"", drop=True, reset=True)
+DROP, RESET = Answer(0), Answer(-1)
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -149,7 +135,7 @@ class S3Proxy:
     """
 
     def __init__(self, url: str) -> None:
-        self._target = urlsplit(url)
+        self._target = urlsplit(url).netloc
         self.before: Callable[[Request], Answer | None] = lambda request: None
         self.after: Callable[[Request, Answer], Answer] = lambda request, answer: answer
         self.requests: list[Request] = []
@@ -165,26 +151,24 @@ class S3Proxy:
                 if len(body) < length:  # the client died
                     self.close_connection = True
                     return
-                request = Request(self.command, self.path, dict(self.headers.items()), body)
-                answer = proxy.answer(request)
-                if answer.drop:
-                    self.close_connection = True
-                    if answer.reset:
-                        linger = struct.pack("ii", 1, 0)
-                        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                        os.close(self.connection.detach())
-                    return
-                with suppress(OSError):  # the client may be gone
-                    self.reply(answer)
+                headers = dict(self.headers.items())
+                self.reply(proxy.answer(Request(self.command, self.path, headers, body)))
 
             def reply(self, answer: Answer) -> None:
-                self.send_response_only(answer.status)
-                for name, value in answer.headers.items():
-                    self.send_header(name, value)
-                if answer.status != 204 and "Content-Length" not in answer.headers:
-                    self.send_header("Content-Length", str(len(answer.body)))
-                self.end_headers()
-                self.wfile.write(answer.body)
+                if answer == RESET:
+                    linger = struct.pack("ii", 1, 0)
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    os.close(self.connection.detach())
+                if answer in (DROP, RESET):
+                    self.close_connection = True
+                    return
+                length = {"Content-Length": str(len(answer.body))} if answer.status != 204 else {}
+                with suppress(OSError):  # the client may be gone
+                    self.send_response_only(answer.status)
+                    for name, value in (length | answer.headers).items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(answer.body)
 
             do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any  # noqa: N815
 
@@ -192,7 +176,7 @@ class S3Proxy:
                 pass
 
         self._server = QuietServer((LOCAL, 0), Handler)
-        self.url = f"http://{LOCAL}:{self._server.server_address[1]}"
+        self.url = f"http://{LOCAL}:{self._server.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -208,15 +192,12 @@ class S3Proxy:
         return early if early is not None else self.after(request, self._forward(request))
 
     def _forward(self, request: Request) -> Answer:
-        connection = http.client.HTTPConnection(LOCAL, self._target.port or 80, timeout=30)
-        try:
+        with closing(http.client.HTTPConnection(self._target, timeout=30)) as connection:
             connection.request(request.method, request.path, request.body, request.headers)
             response = connection.getresponse()
             skipped = {"content-length", "transfer-encoding", "connection"}
             headers = {k: v for k, v in response.getheaders() if k.lower() not in skipped}
             return Answer(response.status, response.read(), headers)
-        finally:
-            connection.close()
 
     def count(self, operation: str) -> int:
         return sum(request.operation == operation for request in self.requests)
