@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -60,6 +61,15 @@ def events(path: Path, *kinds: str) -> list[dict[str, Any]]:
     """The events in an audit log, or those of some kinds."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return [event for event in found if not kinds or event["event"] in kinds]
+
+
+def until(box: Sandbox, statement: str) -> None:
+    """Wait for the statement to find a row."""
+    for _ in range(1200):
+        if box.sql(statement):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing in a minute: {statement}")
 
 
 class Held:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from conftest import AS_OF, OLD, World, ended, events, expire, sql
+from conftest import AS_OF, OLD, World, ended, events, expire, sql, until
 from proxies import Request
 from sandbox import BUCKET, DATABASE, TABLE, Sandbox
 from test_seed import EXPIRED
@@ -32,16 +32,8 @@ def held_row(world: World, statement: str) -> Iterator[Callable[[], None]]:
     with world.box.database.admin(database=DATABASE) as other:
         other.begin()
         other.cursor().execute(statement)
-
-        def wait() -> None:
-            waits = "SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
-            for _ in range(1200):
-                if sql(world.box, waits):
-                    return
-                time.sleep(0.05)
-            raise AssertionError("no DELETE waits")
-
-        yield wait
+        waits = "SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+        yield lambda: until(world.box, waits)
         other.commit()
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import AS_OF, Held, World, ended, events, sql
+from conftest import AS_OF, Held, World, ended, events, sql, until
 from proxies import DROP, Answer, Request
 from sandbox import DATABASE, TABLE
 from test_seed import EXPIRED
@@ -26,16 +26,8 @@ def locked_table(world: World) -> Iterator[Callable[[], None]]:
     """Whoever reads the job table waits. Yields what waits for a reader to be there."""
     with world.box.database.admin(database=DATABASE) as connection:
         connection.cursor().execute(f"LOCK TABLES {TABLE} WRITE")
-
-        def wait() -> None:
-            waits = "SELECT 1 FROM information_schema.processlist WHERE state LIKE 'Waiting for%'"
-            for _ in range(1200):
-                if sql(world.box, waits):
-                    return
-                time.sleep(0.05)
-            raise AssertionError("nobody waits")
-
-        yield wait
+        waits = "SELECT 1 FROM information_schema.processlist WHERE state LIKE 'Waiting for%'"
+        yield lambda: until(world.box, waits)
 
 
 # --- Keys that may not go any more ----------------------------------------------------------------
