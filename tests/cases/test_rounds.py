@@ -66,6 +66,8 @@ class WaywardBucket:
             assert keys <= {*self.book.keys("delete")}, "no intent"
             if mood == "bug":
                 raise ZeroDivisionError
+            if mood == "stop":
+                raise rp.Interrupted
             if mood == "late":
                 self.late |= keys
             verdicts = []
@@ -271,6 +273,16 @@ def test_how_a_key_ends(reason, jobs, moods, end, why):
     assert told[:2] == (end, plan[0].key)
     assert why in told[2]
     assert [*answers, *left] == [], "asked less often"
+
+
+def test_a_stop_in_two_requests_at_once_still_accounts_for_the_third():
+    plan = candidates(12, "expired")
+    book = book_of(plan)
+    bucket = WaywardBucket(iter(["stop", "stop", "well"]), book, random.Random(), workers=3)
+    with pytest.raises(rp.Interrupted):
+        carry_out(plan, bucket, WaywardTable(lambda key: EXPIRED))
+    ends = book.keys("deleted") + book.keys("failed")
+    assert ({*bucket.gone}, len(ends)) == ({*book.keys("deleted")}, 12)
 
 
 # --- Pace -----------------------------------------------------------------------------------------
