@@ -11,8 +11,8 @@ A job table in MySQL names the objects: the key of a job's source data is `prefi
     dangling        a key of a remaining job without an object: reported, never acted on
 
 Deleted are the objects of expired keys and, if asked for, orphans and the rows of expired jobs.
-Everything else stays, for ever. Keys are compared as bytes, the way S3 compares them, whatever the
-collation of the table says. Whatever cannot be read whole is an error, never "nothing there".
+Everything else stays. Keys are compared as bytes, the way S3 compares them, whatever the table's
+collation says. Whatever cannot be read whole is an error, never "nothing there".
 
 The run, in order; any error before step 5 ends it with nothing deleted:
 
@@ -60,7 +60,7 @@ from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from itertools import groupby, islice, repeat
+from itertools import chain, groupby, islice, repeat
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from unicodedata import normalize
@@ -77,6 +77,7 @@ from botocore.parsers import ResponseParserError
 from pymysql.cursors import SSCursor
 
 T = TypeVar("T")
+Keyed = TypeVar("Keyed", bound="tuple[str, *tuple[Any, ...]]")
 Record = TypeVar("Record", bound=tuple[Any, ...])
 
 log = logging.getLogger("retention_purge")
@@ -89,14 +90,16 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Keys in one ListObjectsV2 answer and in one DeleteObjects request (S3 API reference); bytes of
 # UTF-8 in an object key (S3 user guide, "Creating object key names").
 PAGE, BATCH, KEY_BYTES = 1000, 1000, 1024
+END = "\U0010ffff" * KEY_BYTES  # above every key
 # The smallest TIMESTAMP (MySQL manual, "The DATE, DATETIME, and TIMESTAMP Types"). The zero date
 # `0000-00-00` sorts below it: such a job is not completed.
 FIRST_TIMESTAMP = "1970-01-01 00:00:01"
 # Without --orphans, a page with fewer wanted keys is not worth its parsing: each key is sought by
 # itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
 SPARSE, SEEK = 25, 10
-# Records in a block of a spool file, references in a part of the listing, pages of it read ahead.
-BLOCK, PART, AHEAD = 1000, 5000, 3
+# References whose objects are listed ahead, all objects or theirs alone; of all, pages of a part.
+LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 3
+BLOCK = 1000  # records in a block of a spool file
 SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys are missing
 MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
 # Seconds. A login and a re-check may not take long; the grouped query may sort for an hour before
@@ -133,13 +136,8 @@ DOUBTFUL |= {"InvalidAnswer", "NoAnswer"}
 
 # --- Errors and stop signals ----------------------------------------------------------------------
 
-FAILED, USAGE, REFUSED, SOME_FAILED, LOCKED = (
-    1,
-    2,
-    3,
-    4,
-    75,
-)  # exit codes; EX_TEMPFAIL of sysexits.h
+# Exit codes; 75 is EX_TEMPFAIL of sysexits.h.
+FAILED, USAGE, REFUSED, SOME_FAILED, LOCKED = 1, 2, 3, 4, 75
 
 
 class PurgeError(click.ClickException):
@@ -163,17 +161,17 @@ class Stop:
 
     def __init__(self) -> None:
         self.received, self._raises = 0, False  # the signal's number
-        every = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-        self._heeded = [each for each in every if signal.getsignal(each) is not signal.SIG_IGN]
 
     def listen(self) -> None:
         """From now on, but for what is ignored (nohup); the caller catches Interrupted."""
-        for signum in self._heeded:
-            signal.signal(signum, self._receive)
+        for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, _frame: Any) -> None:
-        for each in self._heeded:
-            signal.signal(each, signal.SIG_DFL)
+        if self.received:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
         self.received = signum
         if self._raises:
             raise Interrupted
@@ -292,6 +290,7 @@ class Totals:
 
     planned: Tally = field(default_factory=Tally)
     jobs: int = 0  # rows of the table
+    nameless: int = 0  # of these, without a sourceData that can be a key
     expired_jobs: int = 0  # of these, expired and naming an object
     expired: int = 0  # expired keys
     missing: int = 0  # of these, without an object
@@ -305,31 +304,31 @@ class Totals:
 Pair = tuple[Reference | None, S3Object | None]
 
 
+def ascending(items: Iterable[Keyed], source: str, last: str = "") -> Iterator[Keyed]:
+    """The same items. Raises PurgeError where their keys do not ascend, above `last`."""
+    for item in items:
+        if item[0] <= last:
+            places = f"{printable(item[0])} came after {printable(last)}"
+            raise PurgeError(f"The {source} is out of order: {places}. Nothing more is deleted.")
+        last = item[0]
+        yield item
+
+
 def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> Iterator[Pair]:
-    """Pair two ascending streams by key, in constant memory; None where a side lacks the key.
-    Raises PurgeError where the listing does not ascend: a referenced object would pass for an
-    orphan."""
-    names, found, last = iter(references), iter(objects), ""
+    """Pair two streams by key, in constant memory; None where a side lacks the key. Raises
+    PurgeError where the listing does not ascend: a referenced object would pass for an orphan."""
+    names, found = iter(references), ascending(objects, "bucket's listing")
     reference, item = next(names, None), next(found, None)
-    while reference is not None or item is not None:
-        if item is None or (reference is not None and reference.key < item.key):
+    while reference or item:
+        if item is None or (reference and reference.key < item.key):
             yield reference, None
             reference = next(names, None)
-            continue
-        if item.key <= last:
-            raise out_of_order("bucket's listing", item.key, last)
-        last = item.key
-        if reference is None or item.key < reference.key:
+        elif reference is None or item.key < reference.key:
             yield None, item
+            item = next(found, None)
         else:
             yield reference, item
-            reference = next(names, None)
-        item = next(found, None)
-
-
-def out_of_order(source: str, key: str, last: str) -> PurgeError:
-    places = f"{printable(key)} came after {printable(last)}"
-    return PurgeError(f"The {source} is out of order: {places}. Nothing more is deleted.")
+            reference, item = next(names, None), next(found, None)
 
 
 def plan(
@@ -550,16 +549,14 @@ def query(connection: Any, doing: str, sql: str, arguments: Any = None) -> list[
 
 
 def connect(
-    host: str, port: int, user: str, database: str, secret: Callable[[], str], tls: dict[str, Any]
+    host: str, port: int, user: str, database: str, password: str, tls: dict[str, Any]
 ) -> Any:
-    """Log in, with a `secret` made now: an IAM token lives 15 minutes. Raises PurgeError."""
-    log.info("connecting to %s:%d", host, port)
+    """Log in, and let nothing of the server's own settings decide. Raises PurgeError."""
     settings: dict[str, Any] = {"host": host, "port": port, "user": user, "database": database}
     settings |= {f"{kind}_timeout": CONNECT_TIMEOUT for kind in ("connect", "read", "write")}
     settings |= {"charset": "utf8mb4", "autocommit": True}  # every read sees the table as it is
-    password = secret().encode()
     with database_errors(f"Cannot log in to {host}:{port} as {user}"):
-        connection: Any = pymysql.connect(password=password, **settings, **tls)
+        connection: Any = pymysql.connect(password=password.encode(), **settings, **tls)
     # A minute's silence sends a probe: NAT gateways forget idle connections after 350 seconds.
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
@@ -779,38 +776,41 @@ class JobTable:
 def read_references(jobs: JobTable, policy: Policy, totals: Totals) -> Iterator[Reference]:
     """What the table says of each key, counted; given are the keys that the run must know: those of
     expired jobs, with --orphans all. Most of a table is of remaining jobs."""
-    nameless, last, every = 0, "", policy.orphans_before is not None
-    for name, count, expired in jobs.references():
-        text = (name or b"").decode()
-        key = policy.prefix + text
-        totals.jobs += count
-        if not text or len(key.encode()) > KEY_BYTES:
-            nameless += count
-            continue
-        if key <= last:
-            raise out_of_order("list of the table's keys", key, last)
-        last = key
+
+    def keys() -> Iterator[Reference]:
+        for name, count, expired in jobs.references():
+            key = policy.prefix + (name or b"").decode()
+            totals.jobs += count
+            if name and len(key.encode()) <= KEY_BYTES:
+                yield Reference(key, count, expired)
+            else:
+                totals.nameless += count
+
+    every = policy.orphans_before is not None
+    for key, count, expired in ascending(keys(), "list of the table's keys"):
         totals.expired_jobs += expired
         totals.expired += expired == count
         totals.remaining += expired < count
         if every or (expired if policy.rows else expired == count):
             yield Reference(key, count, expired)
-    if nameless:
-        log.warning("%d jobs have no sourceData that can be a key; they name no object", nameless)
+    if totals.nameless:
+        log.warning("%d jobs have no sourceData that can be a key", totals.nameless)
 
 
 # --- S3 -------------------------------------------------------------------------------------------
 
 
 class Page(NamedTuple):
-    """One ListObjectsV2 answer by columns; `token` continues the listing, None at its end."""
+    """One ListObjectsV2 answer; `token` continues the listing, None at its end."""
 
-    keys: list[str]
-    sizes: list[str]
-    moments: list[str]
+    objects: list[S3Object]
     token: str | None
     bucket: str
     begins: list[str]  # where, as it was asked for: after a key, or with a token
+
+    @property
+    def last(self) -> str:
+        return self.objects[-1].key if self.objects else ""
 
 
 class Version(NamedTuple):
@@ -905,16 +905,17 @@ class Bucket:
                 answer = self._read.list_objects_v2(Bucket=self.name, **where)
             page: Page = answer["Page"]
             self._check(page, after, token or after)
-            if page.keys or page.token is None:
+            if page.objects or page.token is None:
+                if not prefix:  # nothing lies between these, which spares other parts a request
+                    end = page.last or after, END
+                    self._gap = (after, page.objects[0].key) if page.token else end
                 return page
             token = page.token
 
     def _check(self, page: Page, after: str, asked: str) -> None:
         """Raises PurgeError if the page is not the one asked for, above `after`, in order."""
-        for last, key in zip([after, *page.keys], page.keys, strict=False):
-            if key <= last:
-                raise out_of_order("bucket's listing", key, last)
-        foreign = [key for key in page.keys[:1] + page.keys[-1:] if not key.startswith(self.prefix)]
+        keys = [item.key for item in ascending(page.objects, "bucket's listing", after)]
+        foreign = [key for key in keys[:1] + keys[-1:] if not key.startswith(self.prefix)]
         # An access point's ARN or alias is answered with another name.
         if page.bucket != self.name and re.fullmatch(r"(?!.*-s3alias$)[a-z0-9.-]+", self.name):
             foreign.append(f"of {page.bucket}")
@@ -926,66 +927,60 @@ class Bucket:
 
     def exists(self, key: str) -> bool:
         """The key itself sorts first among those that it is a prefix of."""
-        return self.page(limit=1, prefix=key).keys == [key]
+        return [item.key for item in self.page(limit=1, prefix=key).objects] == [key]
 
     def objects(self, references: Spool[Reference], whole: bool) -> Iterator[S3Object]:
         """All objects if `whole`, else at least those that the references name, in order. These cut
         the listing into parts, of which some are listed at the same time: about as many requests
         as there are references, however large the bucket is, or as it has pages where they lie
-        densely. The page that ends the listing settles all later keys."""
+        densely."""
         count = len(references)
-        page = self.page("" if whole or not count else just_before(references[0].key))
-        if page.token is None:
-            yield from map(S3Object._make, zip(page.keys, page.sizes, page.moments, strict=True))
+        first = self.page("" if whole or not count else just_before(references[0].key))
+        if first.token is None or not (whole or count):
+            yield from first.objects
             return
         near = [reference.key for reference in references.slice(0, min(count, PAGE))]
-        density = density_of(bisect_right(near, page.keys[-1]), page)
-        dense = whole or density >= SPARSE
+        dense = whole or is_dense(bisect_right(near, first.last), first)
         # A page keeps the CPU busy and the memory full, a seek mostly waits.
-        width, limit = (self.workers, PAGE) if dense else (4 * self.workers, SEEK)
-        # About five pages each, by the first one; never so short that borders cost many requests.
-        size = min(max(5 * density, min(count // width + 1, PAGE)), PART)
+        width = self.workers if dense else 4 * self.workers
+        size = max(min(count, LISTED_AHEAD if whole else SOUGHT_AHEAD) // width, 1)
 
-        def part(start: int) -> Iterator[tuple[list[tuple[str, str, str]], bool]]:
-            end = min(start + size, count)
-            low = references[start - 1].key if start else ""
-            high = None if end == count else references[end - 1].key
-            keys = None if whole else [item.key for item in references.slice(start, end)]
-            return self._part(low, high, keys, limit, None if start else page)
+        def part(start: int) -> Iterator[list[S3Object]] | None:
+            keys = [item.key for item in references.slice(start, min(start + size, count))]
+            low, known = (references[start - 1].key, None) if start else ("", first)
+            high = END[1:] if whole and start + size >= count else keys[-1]
+            if start and self._gap[0] <= low and high < self._gap[1]:
+                return None
+            if whole:
+                return self._between(low, high, known)
+            return self._sought(keys, PAGE if dense else SEEK, known)
 
-        parts = map(part, range(0, max(count, 1), size))
-        for rows, ended in ahead(parts, width, AHEAD if whole else 0):
-            yield from map(S3Object._make, rows)
-            if ended:
+        parts = filter(None, map(part, range(0, max(count, 1), size)))
+        yield from chain.from_iterable(ahead(parts, width, PAGES_AHEAD if whole else 0))
+
+    def _between(self, low: str, high: str, page: Page | None) -> Iterator[list[S3Object]]:
+        """The objects above `low`, up to `high`; `page` is the first one, if it is known."""
+        page = page or self.page(just_before(low) if NOT_XML.search(low) else low)
+        while True:
+            yield [item for item in page.objects if low < item.key <= high]
+            if page.token is None or page.last >= high:
                 return
+            page = self.page(page.last, token=page.token)
 
-    def _part(
-        self, low: str, high: str | None, keys: list[str] | None, limit: int, page: Page | None
-    ) -> Iterator[tuple[list[tuple[str, str, str]], bool]]:
-        """The objects above `low`, up to `high` if there is one: all, or those of the sorted
-        `keys`, to which each request leaps. `page` is the first one, if it is known. Page by page,
-        and whether the listing is at its end."""
-        after, token, place = just_before(low) if NOT_XML.search(low) else low, None, 0
-        while keys is None or place < len(keys):
-            if keys is not None and (token is None or just_before(keys[place]) > after):
+    def _sought(self, keys: list[str], limit: int, page: Page | None) -> Iterator[list[S3Object]]:
+        """The objects with one of the sorted `keys`: each request leaps to the next one, and lists
+        `limit` objects at first."""
+        wanted, place, after, token = {*keys}, 0, "", None
+        while place < len(keys):
+            if token is None or just_before(keys[place]) > after:
                 after, token = just_before(keys[place]), None
-            page = page or self.page(after, PAGE if token else limit, token)
-            upto = len(page.keys) if high is None else bisect_right(page.keys, high)
-            rows = zip(page.keys[:upto], page.sizes, page.moments, strict=False)
-            if keys is None:
-                found = [row for row in rows if row[0] > low]
-            else:
-                seen = bisect_right(keys, page.keys[-1], place) if page.keys else place
-                wanted = {*keys[place:seen]}
-                found = [row for row in rows if row[0] in wanted]
-                limit = SEEK if density_of(seen - place, page) < SPARSE else PAGE
-                place = seen
-            ended = page.token is None and upto == len(page.keys)
-            if found or ended:
-                yield found, ended
-            if page.token is None or upto < len(page.keys) or page.keys[-1] == high:
+            page = page or self.page(after, limit, token)
+            yield [item for item in page.objects if item.key in wanted]
+            if page.token is None:
                 return
-            after, token, page = page.keys[-1], page.token, None
+            after, token, sought = page.last, page.token, place
+            place = bisect_right(keys, after, place)
+            limit, page = PAGE if is_dense(place - sought, page) else SEEK, None
 
     def each(self, ask: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
         """The answers for some keys, in their order, asked for at the same time."""
@@ -1038,10 +1033,9 @@ class Bucket:
         return Verdict(marker=answer.get("VersionId"))
 
 
-def density_of(references: int, page: Page) -> int:
-    """So many references on the page are how many among 1,000 objects? The first one was sought,
-    and tells nothing."""
-    return max(references - 1, 0) * PAGE // max(len(page.keys) - 1, 1)
+def is_dense(references: int, page: Page) -> bool:
+    """Whether so many references on a page, of which the first was sought, are worth parsing it."""
+    return (references - 1) * PAGE >= SPARSE * (len(page.objects) - 1)
 
 
 def batches(items: Iterable[Candidate]) -> Iterator[list[Candidate]]:
@@ -1114,9 +1108,8 @@ def parse_listing(body: str) -> Page:
         keys = [unquote_plus(k, errors="strict") if "%" in k or "+" in k else k for k in keys]
     token = None if only("IsTruncated", frame) == "false" else only("NextContinuationToken", frame)
     begins = re.findall("<(?:StartAfter|ContinuationToken)>([^<]*)<", frame)
-    asked = [plain(where) for where in begins]
-    asked += map(unquote_plus, asked[:])
-    return Page(keys, sizes, moments, token, only("Name", frame), asked)
+    asked = [spelled for where in map(plain, begins) for spelled in (where, unquote_plus(where))]
+    return Page(list(map(S3Object, keys, sizes, moments)), token, only("Name", frame), asked)
 
 
 def only(tag: str, text: str) -> str:
@@ -1491,9 +1484,9 @@ class Rounds:
             self._give_up(1)
 
     def _attempt(self) -> None:
-        """One request for each key of the round that has no end yet, or none if it must stay."""
+        """One request for each key of the round that has no end yet, or none if it must stay, or if
+        the re-check has grown too old to serve it."""
         checked = self._recheck([*self._pending]) if self._scans else 0.0
-        sent = False
         for batch in batches([*self._pending]):
             while self._in_flight >= self._bucket.workers:
                 self._settle()
@@ -1503,17 +1496,9 @@ class Rounds:
                     self._jobs.ping()  # the lock may be lost
             if not self._scans:
                 checked = self._recheck(batch)
-            items = [item for item in batch if item in self._pending]
-            if time.monotonic() - checked > MAX_RECHECK_AGE:
-                if sent:
-                    break  # to be checked again
-                raise PurgeError(
-                    f"A re-check took more than {MAX_RECHECK_AGE} seconds, so that nothing can be "
-                    "deleted by it: make an index on sourceData."
-                )
-            if items:
-                self._send(items, checked)
-                sent = True
+            elif time.monotonic() - checked > MAX_RECHECK_AGE:
+                break
+            self._send([item for item in batch if item in self._pending], checked)
         while self._in_flight:
             self._settle()
 
@@ -1524,10 +1509,13 @@ class Rounds:
             return asked
         with self._stop.reading():
             found = self._jobs.referenced({item.key[self._start :] for item in items})
-        seconds = time.monotonic() - asked
-        if self._scans and seconds > DEAR_RECHECK and not self._advised:
+        seconds, advice = time.monotonic() - asked, "make an index on sourceData"
+        if seconds > MAX_RECHECK_AGE:
+            limit = f"{MAX_RECHECK_AGE} seconds, too long to delete by it"
+            raise PurgeError(f"A re-check took more than {limit}: {advice}.")
+        if seconds > DEAR_RECHECK and self._scans and not self._advised:
             self._advised = True
-            log.warning("a re-check took %.1f s: an index on sourceData would help", seconds)
+            log.warning("a re-check took %.1f s: %s", seconds, advice)
         for item in items:
             reference = found.get(item.key[self._start :])
             if may_go(item.reason, reference):
@@ -1542,6 +1530,8 @@ class Rounds:
 
     def _send(self, items: list[Candidate], checked: float) -> None:
         """Write the intents, and let the request go."""
+        if not items:
+            return
         now = datetime.now(UTC)
         self._ledger.intend(items)
         for item in items:
@@ -1949,19 +1939,17 @@ def carry_out(given: dict[str, Any], ledger: Ledger, stop: Stop) -> None:
 
 
 def log_in(session: boto3.Session, given: dict[str, Any]) -> Any:
-    """Connect to the database, with an IAM token or the password. Raises PurgeError."""
+    """Connect to the database, with the password or an IAM token, made now as it lives 15 minutes.
+    Raises PurgeError."""
     password = os.environ.get(PASSWORD_VARIABLE)
-    if password is None and not session.region_name:
-        raise PurgeError("No AWS region: give --region, that of the database.", USAGE)
     address = given["db_host"], given["db_port"], given["db_user"]
     tls = tls_settings(given["ca_bundle"], password is not None and address[0] in LOOPBACK)
-
-    def secret() -> str:
-        if password is not None:
-            return password
-        return session.client("rds").generate_db_auth_token(*address)
-
-    return connect(*address, given["db_name"], secret, tls)
+    log.info("connecting to %s:%d", *address[:2])
+    if password is None and not session.region_name:
+        raise PurgeError("No AWS region: give --region, that of the database.", USAGE)
+    if password is None:
+        password = session.client("rds").generate_db_auth_token(*address)
+    return connect(*address, given["db_name"], password, tls)
 
 
 def table_place(given: dict[str, Any]) -> tuple[str, str]:

@@ -1,8 +1,5 @@
-"""Fixtures: one sandbox for the whole session, and the purge as a real process in it.
-
-`mysql_box` is a sandbox with a real MySQL. A module whose own `box` returns it runs all that is
-built on `box` there (see test_mysql.py).
-"""
+"""Fixtures: one sandbox for the whole session, and the purge as a real process in it. A module
+whose own `box` returns `mysql_box` runs all that is built on `box` there (see test_mysql.py)."""
 
 from __future__ import annotations
 
@@ -17,13 +14,9 @@ from typing import Any
 import pytest
 from proxies import Request, S3Proxy
 from sandbox import BUCKET, DATABASE, USER, Sandbox, mysql_sandbox, mysqld, sandbox, seed
-from script import SCRIPT as SCRIPT
-from script import Result as Result
-from script import World
-from script import ended as ended
+from script import SCRIPT, Result, World, ended  # noqa: F401
 
-# The day of the original system's last run.
-AS_OF = ("--as-of", "2019-06-03T00:00:00Z")
+AS_OF = ("--as-of", "2019-06-03T00:00:00Z")  # the original system's last run
 EVERYTHING = ("--orphans", "--orphan-grace-days", "0")
 OLD = "2019-01-01 00:00:00"
 sql = Sandbox.sql
@@ -76,18 +69,19 @@ class Held:
     """Keeps S3 from answering the first request of an operation, until it is released."""
 
     def __init__(self, proxy: S3Proxy, operation: str) -> None:
-        self._operation, self._entered, self._release = operation, Event(), Event()
-        proxy.before = self._hold
-        self.release = self._release.set
+        entered, released = Event(), Event()
+        self.release = released.set
 
-    def _hold(self, request: Request) -> None:
-        if request.operation == self._operation:
-            self._entered.set()
-            self._release.wait(60)
+        def hold(request: Request) -> None:
+            if request.operation == operation:
+                entered.set()
+                released.wait(60)
 
-    def wait(self) -> None:
-        """Until the request is there."""
-        assert self._entered.wait(60)
+        def wait() -> None:
+            assert entered.wait(60)
+
+        proxy.before = hold
+        self.wait = wait  # until the request is there
 
 
 @pytest.fixture(scope="session")
@@ -103,13 +97,6 @@ def mysql_box() -> Iterator[Sandbox]:
             yield running
     except LookupError as reason:
         pytest.skip(str(reason))
-
-
-@pytest.fixture
-def token_login(box: Sandbox) -> None:
-    """For tests of the IAM token: the server checks it."""
-    if box.password is not None:
-        pytest.skip("no login by token here: that takes MariaDB, and root for a PAM service")
 
 
 @pytest.fixture

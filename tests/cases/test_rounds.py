@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import chain, repeat
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -29,52 +30,54 @@ class Book(rp.Ledger):
     def __init__(self, report: rp.Report) -> None:
         super().__init__(report)
         self._file: Any = "of no use"
-        self.events: list[tuple[str, str, str]] = []  # what, of which key, why
+        self.events: list[tuple[str, str, str]] = []  # what, of which key, by which code
 
     def write(self, event: str, items: Iterable[dict[str, Any]], sync: bool = False) -> None:
-        assert sync or not event.startswith("delete") or event == "deleted"
-        self.events += [(event, item["key"], item.get("message", "")) for item in items]
+        assert sync or event != "delete"
+        self.events += [(event, item["key"], item.get("code", "")) for item in items]
 
     def keys(self, *events: str) -> list[str]:
         return [key for event, key, _ in self.events if event in events]
 
 
-# What S3 makes of a request, and the code of the error that the run gets for it.
-ERRORS = {"not sent": "NotSent", "refused": "AccessDenied", "busy": "SlowDown", "late": "NoAnswer",
-          "lost before": "NoAnswer", "lost after": "NoAnswer"}  # fmt: skip
+# What a request may end in, and the error that the run gets for it, if any.
+CODES = {"not sent": "NotSent", "refused": "AccessDenied", "busy": "SlowDown", "late": "NoAnswer",
+         "lost before": "NoAnswer", "lost after": "NoAnswer"}  # fmt: skip
+ERRORS = {mood: partial(rp.PurgeError, mood, code=code) for mood, code in CODES.items()}
+ERRORS |= {"bug": ZeroDivisionError, "stop": rp.Interrupted}
+MOODS = ["well", "well", "some fail", *ERRORS]
 
 
 @dataclass
 class WaywardBucket:
-    """S3's side of `Rounds`: deletes, refuses, forgets, fails, or deletes later, each request by
-    the next of its moods. `late` will be gone after the run."""
+    """S3's side of `Rounds`: deletes, refuses, forgets, fails, or deletes later, by its mood of the
+    moment. What is `late` will be gone after the run, what is `kept` must stay."""
 
-    moods: Iterator[str]
+    moods: list[str]
     book: Book
     dice: random.Random
-    workers: int = 1
+    workers: int
+    kept: set[str]
     name: str = "b"
     prefix: str = PREFIX
     s3_lead: timedelta = timedelta()
     gone: dict[str, rp.Version] = field(default_factory=dict)  # key -> its delete marker
     late: set[str] = field(default_factory=set)
+    met: set[str] = field(default_factory=set)  # moods
     lock: Any = field(default_factory=threading.Lock)
 
     def delete(self, items: list[rp.Candidate], checked: float) -> list[rp.Verdict]:
         with self.lock:
-            keys, mood = {item.key for item in items}, next(self.moods)
-            assert keys <= {*self.book.keys("delete")}, "no intent"
-            if mood == "bug":
-                raise ZeroDivisionError
-            if mood == "stop":
-                raise rp.Interrupted
+            keys, mood = {item.key for item in items}, self.dice.choice(self.moods)
+            assert keys <= {*self.book.keys("delete")} - self.kept, "no intent, or in use"
+            self.met.add(mood)
             if mood == "late":
                 self.late |= keys
             verdicts = []
             if mood in ("well", "some fail", "lost after"):
                 verdicts = [self._one(item.key, mood) for item in items]
             if mood in ERRORS:
-                raise rp.PurgeError(mood, code=ERRORS[mood])
+                raise ERRORS[mood]()
             return verdicts
 
     def _one(self, key: str, mood: str) -> rp.Verdict:
@@ -92,84 +95,37 @@ class WaywardBucket:
         return [self.gone[key]] if key in self.gone else []
 
 
-@dataclass
-class WaywardTable:
-    """The job table: what it answers of a key, and which keys have rows of expired jobs."""
+# At a look into the database, where a stop signal would be heeded, at the start of a thread.
+TROUBLES = {"database": rp.PurgeError("gone"), "stop": rp.Interrupted(), "thread": RuntimeError()}
 
-    answer: Callable[[str], Jobs]
-    rows: set[str] = field(default_factory=set)
-    indexed: bool = True
-    breaks_after: int | None = None
-    asked: list[int] = field(default_factory=list)  # how many names at a time
 
-    def ping(self, names: int = 0) -> None:
-        self.asked.append(names)
-        if self.breaks_after is not None and len(self.asked) > self.breaks_after:
-            raise rp.PurgeError("gone", code="2013")
+def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any) -> None:
+    """In small batches and rounds, without pauses. `comes` raises when a trouble does."""
+    stop, start = rp.Stop(), threading.Thread.start
 
-    def referenced(self, names: set[str]) -> dict[str, rp.Reference]:
-        self.ping(len(names))
-        found = {name: self.answer(PREFIX + name) for name in names}
+    def referenced(names: set[str]) -> dict[str, rp.Reference]:
+        comes("database")
+        found = {name: answer(PREFIX + name) for name in names}
         return {name: rp.Reference(name, *jobs) for name, jobs in found.items() if jobs}
 
-    def expired_rows(self, names: Iterable[str]) -> list[rp.JobRow]:
-        found = [name for name in names if PREFIX + name in self.rows]
-        return [(f"job {name}", "then", name) for name in found[: rp.ROWS]]
+    def start_or_not(thread: threading.Thread) -> None:
+        comes("thread")
+        start(thread)
 
-    def delete(self, rows: list[rp.JobRow]) -> int:
-        self.rows -= {PREFIX + name for _, _, name in rows}
-        return len(rows)
-
-
-class StopAfter(rp.Stop):
-    """A stop signal comes at the `left`th moment at which one would be heeded."""
-
-    def __init__(self, left: int | None) -> None:
-        super().__init__()
-        self.left = left
-
-    def check(self) -> None:
-        if self.left is not None:
-            self.left -= 1
-            self.received = 15 if self.left < 0 else 0
-        super().check()
+    jobs: Any = SimpleNamespace(
+        indexed=indexed, referenced=referenced, ping=lambda: comes("database")
+    )
+    sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 900, "FIRST_PAUSE": 0, "LAST_PAUSE": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in sizes.items():
+            patch.setattr(rp, name, value)
+        patch.setattr(rp.log, "disabled", True)
+        patch.setattr(stop, "check", lambda: comes("stop"))
+        patch.setattr(threading.Thread, "start", start_or_not)
+        rp.Rounds(bucket, bucket.book, stop, rp.Pace(0), jobs).run(rp.Spool(plan))
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Small batches and rounds, no pauses."""
-    sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 900, "ROWS": 5, "ROWS_A_COMMIT": 2}
-    for name, value in {**sizes, "FIRST_PAUSE": 0.0, "LAST_PAUSE": 0.0}.items():
-        monkeypatch.setattr(rp, name, value)
-    monkeypatch.setattr(rp.log, "disabled", True)
-
-
-def candidates(count: int, *reasons: str) -> list[rp.Candidate]:
-    """Of these reasons in turn."""
-    return [
-        rp.Candidate(f"{PREFIX}{n:03}", reasons[n % len(reasons)], 1, "then") for n in range(count)
-    ]
-
-
-def book_of(plan: list[rp.Candidate], versioning: str = "off") -> Book:
-    totals, report = rp.Totals(), rp.Report(versioning=versioning)
-    for item in plan:
-        totals.planned.add(item)
-    report.plan(totals)
-    return Book(report)
-
-
-def carry_out(
-    plan: list[rp.Candidate], bucket: Any, jobs: Any, rows=False, stops_after=None, rate=0
-) -> None:
-    stop, pace = StopAfter(stops_after), rp.Pace(rate)
-    rp.Rounds(bucket, bucket.book, stop, pace, jobs).run(rp.Spool(plan), rows)
-
-
-MOODS = ["well", "well", "some fail", "bug", *ERRORS]
-
-
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     count=st.integers(0, 60),
     seed=st.integers(0, 10**9),
@@ -177,155 +133,65 @@ MOODS = ["well", "well", "some fail", "bug", *ERRORS]
     workers=st.integers(1, 4),
     versioning=st.sampled_from(["off", "enabled"]),
     indexed=st.booleans(),
-    rows=st.booleans(),
-    breaks_after=st.none() | st.integers(0, 12),
-    stops_after=st.none() | st.integers(0, 30),
-    threads=st.none() | st.integers(0, 9),
+    trouble=st.none() | st.sampled_from([*TROUBLES]),
+    moment=st.integers(0, 20),
 )
-def test_every_key_ends_exactly_once(
-    count, seed, moods, workers, versioning, indexed, rows, breaks_after, stops_after, threads
+def test_how_a_key_ends_is_told_exactly_once_be_it_expired_or_an_orphan(
+    count, seed, moods, workers, versioning, indexed, trouble, moment
 ):
     """While the run works, some keys come into use, some lose their rows."""
-    plan = candidates(count, "expired", "orphan", *(("missing", "shared") if rows else ()))
-    reasons = {item.key: item.reason for item in plan}
-    dice, kept = random.Random(seed), set[str]()  # found in use, or without rows
+    reasons = {f"{PREFIX}{n:03}": ("expired", "orphan")[n % 2] for n in range(count)}
+    plan = [rp.Candidate(key, reason, 1, "then") for key, reason in reasons.items()]
+    orphans = {key for key, reason in reasons.items() if reason == "orphan"}
+    dice, kept, totals = random.Random(seed), set[str](), rp.Totals()
+    before = iter(range(moment))
+
+    def comes(kind: str) -> None:
+        if kind == trouble and next(before, None) is None:
+            raise TROUBLES[kind]
 
     def answer(key: str) -> Jobs:
-        luck = dice.random()
-        if reasons[key] == "shared":
-            return USED if luck < 0.8 else EXPIRED
-        if luck >= 0.1:
-            return None if reasons[key] == "orphan" else EXPIRED
+        right, wrong = (VANISHED, [EXPIRED]) if key in orphans else (EXPIRED, [VANISHED, USED])
+        if dice.random() < 0.9:
+            return right
         kept.add(key)
-        return VANISHED if luck < 0.05 and reasons[key] == "expired" else USED
+        return dice.choice(wrong)
 
-    book = book_of(plan, versioning)
-    chance = random.Random(seed + 1)
-    bucket = WaywardBucket(iter(lambda: chance.choice(moods), None), book, chance, workers)
-    with_rows = {key for key, reason in reasons.items() if reason != "orphan"}
-    table = WaywardTable(answer, {*with_rows}, indexed, breaks_after)
-    starts = chain(repeat(threading.Thread.start, 10**9 if threads is None else threads),
-                   repeat(Mock(side_effect=RuntimeError("can't start new thread"))))  # fmt: skip
-
-    def start(*thread: Any) -> None:
-        next(starts)(*thread)
-
-    finished, errors = False, (rp.PurgeError, rp.Interrupted, ZeroDivisionError)
-    with pytest.MonkeyPatch.context() as patch, suppress(*errors):
-        patch.setattr(threading.Thread, "start", start)
-        carry_out(plan, bucket, table, rows, stops_after)
+    totals.planned.update(Counter(reasons.values()))
+    report = rp.Report(versioning=versioning)
+    report.plan(totals)
+    book = Book(report)
+    bucket = WaywardBucket(moods, book, random.Random(seed + 1), workers, kept)
+    finished = False
+    with suppress(rp.PurgeError, rp.Interrupted, ZeroDivisionError):
+        carry_out(plan, bucket, answer, indexed, comes)
         finished = True
 
-    planned = {key for key, reason in reasons.items() if reason in ("expired", "orphan")}
-    ends = book.keys("deleted", "retained", "failed")
-    deleted, failed = {*book.keys("deleted")}, {*book.keys("failed")}
-    assert len(ends) == len({*ends})
-    assert {*ends} <= planned
-    told = book.report.as_dict()
-    assert told["not_attempted"] == len(planned) - len(ends)
-    assert told["not_attempted"] == 0 or not finished
-    counted = (book.report.deleted.objects, told["retained"], told["failed"])
-    assert counted == (len(deleted), len(book.keys("retained")), len(failed))
+    deleted, failed, retained = map(book.keys, ("deleted", "failed", "retained"))
+    told, ends = report.as_dict(), deleted + failed + retained
+    assert len(ends) == len({*ends} & {*reasons})
+    assert told["not_attempted"] == count - len(ends)
+    assert not (finished and told["not_attempted"])
+    counted = (report.deleted.objects, told["retained"], told["failed"])
+    assert counted == (len(deleted), len(retained), len(failed))
 
-    assert deleted <= {*bucket.gone} <= deleted | failed
-    assert bucket.late <= deleted | failed, "said to be kept, but will go"
-    assert {*book.keys("retained")} <= kept
-    unlucky = {"refused", "bug"} & {*moods} or {breaks_after, stops_after, threads} != {None}
-    assert finished or unlucky
-    if {*moods} == {"well"} and not unlucky:
-        assert {*bucket.gone} == planned - kept
-
-    rowless = with_rows - table.rows
-    assert rowless <= {*book.keys("delete-job")}
-    assert len(rowless) == told["jobs_deleted"]
-    may = {key for key, reason in reasons.items() if reason in ("missing", "shared")}
-    assert rowless <= (may | deleted if rows else set())
-    if finished and rows:
-        due = deleted | {key for key, reason in reasons.items() if reason == "missing"}
-        assert not due & table.rows
+    assert {*deleted} <= {*bucket.gone} <= {*deleted, *failed}
+    assert bucket.late <= {*deleted, *failed}, "said to be kept, but will go"
+    assert {*retained} <= kept <= {*retained, *failed} or not finished
+    stops = {"refused", "bug", "stop"} & bucket.met
+    assert not (finished and stops)
+    assert finished or stops or trouble
+    tries = Counter(book.keys("delete"))
+    undone = {key for _, key, code in book.events if code in ("SlowDown", "NotSent")}
+    assert not undone & bucket.late
+    assert not finished or {tries[key] for key in undone} <= {5}
 
 
-IN_USE, GONE, YET = "a job refers to it by now", "its jobs have vanished", "may yet be deleted"
-ENDS: list[tuple[str, list[Jobs], list[str], str, str]] = [
-    ("expired", [EXPIRED], ["well"], "deleted", ""),
-    ("expired", [USED], [], "retained", IN_USE),
-    ("expired", [VANISHED], [], "retained", GONE),
-    ("expired", [EXPIRED, USED], ["busy"], "retained", IN_USE),
-    ("expired", [EXPIRED, USED], ["not sent"], "retained", IN_USE),
-    ("expired", [EXPIRED, USED], ["late"], "failed", YET),
-    ("expired", [EXPIRED, EXPIRED, USED], ["late", "busy"], "failed", YET),
-    ("expired", [EXPIRED, EXPIRED], ["late", "well"], "deleted", ""),
-    ("expired", 5 * [EXPIRED], ["late", "busy", "busy", "busy", "not sent"], "failed", YET),
-    ("expired", 5 * [EXPIRED], 5 * ["not sent"], "failed", "not sent"),
-    ("expired", 5 * [EXPIRED], 5 * ["lost before"], "failed", "lost before"),
-    ("orphan", [EXPIRED], [], "retained", IN_USE),
-    ("orphan", [None], ["well"], "deleted", ""),
-]
-
-
-@pytest.mark.parametrize(("reason", "jobs", "moods", "end", "why"), ENDS)
-def test_how_a_key_ends(reason, jobs, moods, end, why):
-    plan, answers, left = candidates(1, reason), iter(jobs), iter(moods)
-    book = book_of(plan)
-    bucket = WaywardBucket(left, book, random.Random())
-    carry_out(plan, bucket, WaywardTable(lambda key: next(answers)))
-    (told,) = [event for event in book.events if event[0] != "delete"]
-    assert told[:2] == (end, plan[0].key)
-    assert why in told[2]
-    assert [*answers, *left] == [], "asked less often"
-
-
-def test_a_stop_in_two_requests_at_once_still_accounts_for_the_third():
-    plan = candidates(12, "expired")
-    book = book_of(plan)
-    bucket = WaywardBucket(iter(["stop", "stop", "well"]), book, random.Random(), workers=3)
-    with pytest.raises(rp.Interrupted):
-        carry_out(plan, bucket, WaywardTable(lambda key: EXPIRED))
-    ends = book.keys("deleted") + book.keys("failed")
-    assert ({*bucket.gone}, len(ends)) == ({*book.keys("deleted")}, 12)
-
-
-# --- Pace -----------------------------------------------------------------------------------------
-
-
-def test_the_rate_is_kept_over_time_and_may_begin_with_one_batch():
-    now, left = [100.0], []
-    pace, unlimited = (rp.Pace(rate, lambda: now[0]) for rate in (3000, 0))
-    for _ in range(30):
-        now[0] += pace.delay
-        left.append(now[0])
+def test_the_rate_is_kept_over_time_and_a_rest_saves_up_no_burst():
+    now, delays = [100.0], []
+    pace = rp.Pace(3000, lambda: now[0])
+    for rest in [0, 0, 0, 60, 0]:
+        now[0] += pace.delay + rest
         pace.sent(1000)
-    assert left[0] == 100.0
-    assert left[-1] - left[0] == pytest.approx(29 * 1000 / 3000)
-    now[0] += 60  # a rest does not save up for a burst
-    pace.sent(1000)
-    assert pace.delay == pytest.approx(1000 / 3000)
-    unlimited.sent(10**9)
-    assert unlimited.delay == 0
-
-
-def test_all_ease_off_together_and_recover(monkeypatch):
-    monkeypatch.setattr(rp, "FIRST_PAUSE", 0.1)
-    monkeypatch.setattr(rp, "LAST_PAUSE", 10.0)
-    now, pauses = [100.0], []
-    pace = rp.Pace(0, lambda: now[0])
-    for _ in range(12):
-        for _ in range(8):  # eight workers are told to slow down at the same time: one pause
-            pace.answered(again=True)
-        pauses.append(pace.delay)
-        now[0] += pace.delay
-    assert 0.05 <= pauses[0] <= 0.1
-    assert 5 <= pauses[-1] <= 10
-    for _ in range(10):
-        pace.answered(again=False)
-    pace.answered(again=True)
-    assert pace.delay <= 0.1
-
-
-@pytest.mark.parametrize(("rate", "sizes"), [(0, [13, 13, 13, 11]), (1, [10] * 5)])
-def test_without_an_index_a_round_holds_what_the_rate_lets_out_in_ten_seconds(rate, sizes):
-    """All keys have lost their rows, so that no request waits for the rate."""
-    plan = candidates(50, "expired")
-    table = WaywardTable(lambda key: VANISHED, indexed=False)
-    carry_out(plan, WaywardBucket(iter(()), book_of(plan), random.Random()), table, rate=rate)
-    assert table.asked == sizes
+        delays.append(pace.delay)
+    assert delays == [pytest.approx(1 / 3)] * 5

@@ -11,9 +11,6 @@ PAGE = Path(__file__).resolve().parent / "MEASURED.md"
 def write(name: str, text: str) -> None:
     """Put `text` between the page's marks of that name; raises ValueError if it has none."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    head, found, rest = PAGE.read_text().partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{PAGE} has no part {name}")
-    day = f"{datetime.now(UTC):%Y-%m-%d}"
-    PAGE.write_text(f"{head}{begin}Of {day}:\n\n{text.strip()}\n{end}{tail}")
+    head, rest = PAGE.read_text().split(begin)
+    _, tail = rest.split(end)
+    PAGE.write_text(f"{head}{begin}Of {datetime.now(UTC):%Y-%m-%d}:\n\n{text.strip()}\n{end}{tail}")

@@ -13,19 +13,16 @@ import signal
 import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
-from faults import S3_FAULTS, Fault, Run, Scene, as_seconds, at_random, late
+from faults import Answer, Forward, Run, Scene, as_seconds
 from proxies import Request
-from pymysql.constants import CLIENT
 from sandbox import BUCKET, COLUMNS, DATABASE, TABLE, Job, Sandbox
+from script import ended
 
 AS_OF = ("--as-of", "2019-06-03T00:00:00Z")
 CUTOFF = "2019-03-05 00:00:00"
@@ -38,9 +35,19 @@ REMAINING = [
 ]  # fmt: skip
 # What XML 1.0 cannot carry, and the carriage return.
 NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-ODD = "\x00\x01\x08\t\n\x1f\x7f\x85\xa0\u2028\ufffe\uffff/+%&<>\"'?#=;: \\*$é\u0301ß\U0010ffff"
+ODD = "\x00\x01\x08\t\n\x1f\x7f\x85\xa0\u2028\ufffe\uffff/+%&<>\"'?#=;: \\*$é\u0301ß\U0010ffffab"
 ROWS = f"SELECT jobId, CAST(completedAt AS CHAR), type, sourceData FROM {TABLE}"
 LATE = "delete carried out after the client gave up"
+# Such a share of the deletes takes so long to sign, as when AWS credentials are refreshed.
+LIMIT = 0.6  # seconds: no request leaves with an older re-check then
+SLOW_SIGNING = """
+rp.MAX_RECHECK_AGE = {}
+from botocore.signers import RequestSigner as Signer
+def slow(signer, operation, *arguments, sign=Signer.sign, **named):
+    rp.time.sleep(2.2 * (operation.startswith("Delete") and rp.random.random() < {}))
+    return sign(signer, operation, *arguments, **named)
+Signer.sign = slow
+"""
 
 # --- The model ------------------------------------------------------------------------------------
 
@@ -50,8 +57,7 @@ def is_expired(job: Job) -> bool:
     return type_ == "TRIAL" and completed is not None and "1970" < completed < CUTOFF
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """What may go, of jobs and of objects (key → days since its last modification)."""
 
     prefix: str
@@ -67,142 +73,86 @@ class Model:
     def forms(self, key: str) -> set[str]:
         """The key, and the same name in other Unicode normalisations: a job may mean it."""
         name = key.removeprefix(self.prefix)
-        forms = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
-        return {key, *(self.prefix + form for form in forms)}
+        return {key, *(self.prefix + unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
 
     def is_old_orphan(self, key: str, days: int) -> bool:
         """An object called like the prefix is nobody's data: a console's "folder"."""
         inside = key.startswith(self.prefix) and key != self.prefix
         return self.orphans and inside and days >= self.grace_days
 
-    def rows_left(self, jobs: list[Job]) -> set[str]:
-        """Job ids after `--delete-jobs`, once all that may go is gone."""
-        return {job[0] for job in jobs if not is_expired(job) or not job[3]}
 
-
-# --- What the writer did --------------------------------------------------------------------------
+# --- The writer -----------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
-    """A job as it was for certain from the moment `since` until `until` (Unix time), and perhaps
-    from `born`, when that write began, until `died`, when the next one had returned."""
+    """The jobs that there may have been, between these moments (Unix time)."""
 
-    job: Job
-    since: float = -math.inf
-    until: float = math.inf
-    born: float = -math.inf
-    died: float = math.inf
+    jobs: dict[str, Job]
+    start: float = -math.inf
+    end: float = math.inf
 
 
 class History:
-    """The jobs that there were, and when: after a write returned, before the next one began."""
+    """The tables that there were, but for what the purge deleted: each from the beginning of the
+    write that made it until the next one had returned."""
 
-    def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = {job[0]: [State(job)] for job in jobs}
-        self.deleted: set[str] = set()  # by the writer
-        self.writes: Counter[str] = Counter()
+    def __init__(self, cursor: Any, jobs: list[Job]) -> None:
+        self._cursor = cursor
+        self.jobs = {job[0]: job for job in jobs}
+        self.states, self.ever = [State(self.jobs)], {*jobs}
 
-    def note(self, job_id: str, began: float, job: Job | None) -> None:
-        """A write of this job, begun then, has returned now; None deleted it."""
-        now, states = time.time(), self.jobs.setdefault(job_id, [])
-        if states:
-            last = states[-1]
-            states[-1] = last._replace(until=min(last.until, began), died=min(last.died, now))
-        if job is not None:
-            states.append(State(job, since=now, born=began))
+    def _write(self, jobs: dict[str, Job], sql: str, *arguments: Any) -> None:
+        """One statement, after which there are these jobs."""
+        start, cursor = time.time(), self._cursor
+        (cursor.executemany if "REPLACE" in sql else cursor.execute)(sql, *arguments)
+        self.states[-1] = self.states[-1]._replace(end=time.time())
+        self.states.append(State(jobs, start))
 
-    def of(self, name: str) -> list[State]:
-        states = [state for states in self.jobs.values() for state in states]
-        return [state for state in states if state.job[3] == name]
+    def put(self, jobs: Iterable[Job]) -> None:
+        self.jobs = self.jobs | {job[0]: job for job in jobs}
+        self.ever.update(jobs)
+        self._write(self.jobs, f"REPLACE INTO {TABLE} VALUES (%s, %s, %s, %s)", jobs)
 
-    def referred(self, name: str, start: float, end: float, counts: Callable[[Job], bool]) -> bool:
-        """Whether at every moment from `start` to `end` a job that counts named it, for certain."""
-        reached = start
-        for state in sorted(self.of(name), key=lambda state: state.since):
-            if counts(state.job) and state.since <= reached:
-                reached = max(reached, state.until)
-        return reached >= end
+    def take(self, ids: Iterable[str]) -> None:
+        left = {job_id: job for job_id, job in self.jobs.items() if job_id not in ids}
+        self._write(left, f"DELETE FROM {TABLE} WHERE jobId IN %s", (list(ids),))
 
-    def vanished(self, name: str, start: float, end: float) -> bool:
-        """Whether at no moment from `start` to `end` any job can have named it."""
-        return all(state.died < start or state.born > end for state in self.of(name))
-
-    def kept(self, name: str) -> bool:
-        return any(not is_expired(state.job) for state in self.of(name))
-
-    # The writes, over the writer's own connection.
-
-    def change(self, cursor: Any, dice: random.Random, names: list[str]) -> None:
-        """Insert a job, or delete or upgrade one."""
-        self.writes["jobs written during the run"] += 1
-        there, began = sorted({*self.jobs} - self.deleted - {"anchor"}), time.time()
-        if dice.random() < 0.6 or not there:
+    def change(self, dice: random.Random, names: list[str]) -> None:
+        """Insert a job, or upgrade or delete one."""
+        job_id = dice.choice([*self.jobs])
+        what = dice.choice(["insert", "insert", "upgrade", "delete"])
+        _, done, type_, name = self.jobs[job_id]
+        if what == "insert" or job_id == "anchor":
             type_, done = dice.choice(REMAINING if dice.random() < 0.7 else EXPIRED)
-            job = (f"w{len(self.jobs)}", done, type_, dice.choice(names))
-            cursor.execute(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", job)
-            self.note(job[0], began, job)
-            return
-        job_id = dice.choice(there)
-        if dice.random() < 0.6:
-            if cursor.execute(f"DELETE FROM {TABLE} WHERE jobId = %s", (job_id,)):
-                self.deleted.add(job_id)  # and not the purge
-            self.note(job_id, began, None)
-            return
-        _, done, _, name = self.jobs[job_id][-1].job
-        upgrade = f"UPDATE {TABLE} SET type = 'OFFICIAL' WHERE jobId = %s"
-        found = cursor.execute(upgrade, (job_id,))  # or the purge has deleted it
-        self.note(job_id, began, (job_id, done, "OFFICIAL", name) if found else None)
-
-    def reload(self, cursor: Any, dice: random.Random) -> None:
-        """Take rows away and put the same rows back a moment later: the whole table by TRUNCATE or
-        DELETE, as a reload does, or some of it, as an upgrade does."""
-        self.writes["rows taken away and put back during the run"] += 1
-        cursor.execute(ROWS)
-        rows: list[Job] = list(cursor.fetchall())
-        began, away = time.time(), dice.choice(["TRUNCATE", "DELETE FROM", ""])
-        if away:
-            cursor.execute(f"{away} {TABLE}")
+            self.put([(f"w{len(self.ever)}", done, type_, dice.choice(names))])
+        elif what == "upgrade":
+            self.put([(job_id, done, "OFFICIAL", name)])
         else:
+            self.take([job_id])
+            if self._cursor.rowcount:  # or the purge had deleted it
+                self.jobs = self.states[-1].jobs
+
+    def reload(self, dice: random.Random, _: list[str]) -> None:
+        """Take rows away and put the same rows back a moment later: the whole table, as a reload
+        does, or some of it, as an upgrade does."""
+        self._cursor.execute(ROWS)
+        rows = self._cursor.fetchall()
+        if dice.random() < 0.3:
             rows = dice.sample(rows, min(len(rows), dice.choice([1, 10])))
-            ids = [job[0] for job in rows] or [""]
-            cursor.execute(f"DELETE FROM {TABLE} WHERE jobId IN %s", (ids,))
-        for job_id in {*self.jobs} - self.deleted if away else [job[0] for job in rows]:
-            self.note(job_id, began, None)  # if it is away at the end, the purge did it
+            self.take([job[0] for job in rows])
+        else:
+            self._write({}, dice.choice([f"TRUNCATE {TABLE}", f"DELETE FROM {TABLE}"]))
         time.sleep(dice.choice([0, 0.02, 0.3]))
-        for start in range(0, len(rows), 500):
-            began, chunk = time.time(), rows[start : start + 500]
-            cursor.executemany(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", chunk)
-            for job in chunk:
-                self.note(job[0], began, job)
+        self.put(rows)
 
+    def between(self, name: str, start: float, end: float) -> list[list[Job]]:
+        """The jobs of that name, in each table that there may have been between these moments."""
+        states = [state for state in self.states if state.start <= end and state.end >= start]
+        return [[job for job in state.jobs.values() if job[3] == name] for state in states]
 
-@contextmanager
-def writing(scene: Scene, history: History, draw: Draw) -> Iterator[None]:
-    """Within, jobs are written all the time, by a thread of its own."""
-    done, dice = threading.Event(), random.Random(draw.seed)
-
-    def write() -> None:
-        limit = f"SET {scene.db.patience(0)}"
-        with scene.box.database.admin(
-            database=DATABASE, client_flag=CLIENT.FOUND_ROWS, init_command=limit
-        ) as connection:
-            cursor = connection.cursor()
-            cursor.execute("SET time_zone = '+00:00', sql_mode = ''")
-            while not done.wait(dice.random() * draw.pause):
-                if dice.random() < draw.reloads:
-                    history.reload(cursor, dice)
-                else:
-                    history.change(cursor, dice, draw.names)
-
-    with ThreadPoolExecutor(1) as pool:
-        writer = pool.submit(write) if draw.pause else None
-        try:
-            yield
-        finally:
-            done.set()
-        if writer:
-            writer.result()
-    scene.injected.update({("writers", kind): count for kind, count in history.writes.items()})
+    def kinds(self, name: str) -> set[bool]:
+        """Whether the jobs that ever had this name are expired."""
+        return {is_expired(job) for job in self.ever if job[3] == name}
 
 
 # --- The schedule ---------------------------------------------------------------------------------
@@ -210,21 +160,14 @@ def writing(scene: Scene, history: History, draw: Draw) -> Iterator[None]:
 
 def random_name(dice: random.Random, names: list[str]) -> str:
     """A `sourceData`: up to 64 characters, of all that S3 allows in a key."""
-    kind = dice.randrange(9)
-    if kind == 0:
-        return "".join(chr(dice.randrange(0x10000, 0x110000)) for _ in range(64))
-    if kind <= 2:
-        return "".join(dice.choice(ODD + "ab") for _ in range(dice.randrange(1, 9)))
-    if kind == 3:
-        points = (dice.randrange(0x10FFFF) for _ in range(dice.randrange(1, 12)))
-        return "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000 and p != 13) or "x"
-    if kind == 4:
-        return "return\rhere"[dice.randrange(6) :]
-    if kind <= 6 and names:
-        old = dice.choice(names)[:60]
-        forms = old.upper(), old.lower(), old + " ", " " + old, unicodedata.normalize("NFD", old)
-        return dice.choice([*forms, old + "\x00", old.replace("/", "//"), f"{old}%20"])[:64]
-    return f"{'k/' * dice.randrange(3)}{dice.randrange(10_000):05}"
+    plain = f"{'k/' * dice.randrange(3)}{dice.randrange(10_000):05}"
+    odd = "".join(dice.choices(ODD, k=dice.randrange(1, 9)))
+    high = "".join(chr(dice.randrange(0x10000, 0x110000)) for _ in range(64))
+    old = dice.choice(names or [plain])[:60]
+    near = [old.upper(), old.lower(), old + " ", " " + old, unicodedata.normalize("NFD", old)]
+    near += [old + "\x00", old.replace("/", "//"), f"{old}%20"]
+    like = dice.choice(near)
+    return dice.choice([plain, plain, odd, odd, high, like, like, "return\rhere"])[:64]
 
 
 class Draw:
@@ -237,58 +180,46 @@ class Draw:
         orphans = dice.random() < 0.5
         self.model = Model(prefix, orphans, dice.choice([0, 7]) if orphans else 7)
         self.versioned, self.delete_jobs = dice.random() < 0.2, dice.random() < 0.4
-        self.dry = dice.random() < 0.08
         # The writer's longest pause (seconds), 0 for none; the share of reloads among its writes.
         self.pause, self.reloads = dice.choice([0, 0.03, 0.06]), dice.choice([0, 0, 0, 0.2])
-        # Now and then the script as it is, with requests of 1,000 keys.
-        many = dice.random() < 0.02 and not self.versioned  # an undo asks for every single key
-        self.patches = {} if many or dice.random() < 0.2 else self._small(dice)
+        # Few keys and rows at a time, so that there are many batches and rounds, or the script as
+        # it is; now and then deletes that are carried out so late (seconds).
+        batch, rounds = dice.choice([2, 4, 10]), dice.choice([1, 3, 30])
+        small = f"rp.BATCH = rp.ROWS_A_COMMIT = {batch}; rp.ROUND_KEYS = {batch * rounds}"
+        rows = dice.choice([3 * batch, 5000])
+        self.patch = dice.choice(["", *4 * [f"{small}; rp.ROWS = {rows}"]])
+        self.late = dice.choice([1.2, 2.5, 5]) if dice.random() < 0.2 else 0
+        self.slow = not self.late and dice.random() < 0.2
+        self.patch += SLOW_SIGNING.format(LIMIT, dice.choice([0.1, 0.4])) if self.slow else ""
         names: list[str] = []
-        for _ in range(60 if many else dice.choice([2, 10, 30, 60, 60])):
+        for _ in range(dice.choice([2, 10, 30, 60, 60])):
             names.append(random_name(dice, names))
         self.names = sorted({self._for_moto(name) for name in names})
-        self._fill(dice, self.names + [f"m{n:05}" for n in range(2200 * many)], prefix)
-        self.options = [*AS_OF, "--workers", str(dice.choice([1, 2, 4]))]
-        self.options += [f"--prefix={prefix}"] if prefix else []
+        self.jobs: list[Job] = [("anchor", None, "OFFICIAL", "anchor")]
+        self.jobs.append(("empty", *EXPIRED[0][::-1], ""))
+        self.objects = {prefix + "anchor": 1} | dict.fromkeys(self.names[:5], 30)
+        for name in self.names:  # most get jobs, most of these are expired, most have an object
+            for _ in range(dice.choice([0, 1, 1, 1, 2, 3])):
+                type_, done = dice.choice(EXPIRED if dice.random() < 0.75 else REMAINING)
+                self.jobs.append((f"j{len(self.jobs)}", done, type_, name))
+            if dice.random() < 0.85:
+                self.objects[prefix + name] = dice.choice([1, 1, 30])
+        self.page = dice.choice([1000, 1 if len(names) < 12 else 10, 10, 25])
+        self.prefix = [f"--prefix={prefix}"] if prefix else []
+        self.options = [*AS_OF, "--workers", dice.choice("124"), *self.prefix]
         grace = ["--orphans", "--orphan-grace-days", str(self.model.grace_days)]
         self.options += grace * orphans + ["--delete-jobs"] * self.delete_jobs
-
-    def _small(self, dice: random.Random) -> dict[str, Any]:
-        """Few keys and rows at a time, so that there are many batches and rounds; now and then
-        little patience, with credentials that take longer, or deletes that are carried out late."""
-        batch = dice.choice([2, 4, 10])
-        patches = {"BATCH": batch, "ROWS_A_COMMIT": batch, "ROWS": dice.choice([3 * batch, 5000])}
-        patches["ROUND_KEYS"] = batch * dice.choice([1, 3, 30])
-        trouble = dice.random()
-        if trouble < 0.15:
-            return patches | {"MAX_RECHECK_AGE": 0.6, "SIGN": (dice.choice([0.1, 0.4]), 2.2)}
-        return patches | ({"DELETE_TIMEOUT": 1} if trouble < 0.35 else {})
 
     def _for_moto(self, name: str) -> str:
         """moto can neither list the versions of a key that XML cannot carry, nor delete a key with
         a line feed singly."""
         return (NOT_XML.sub("", name) if self.versioned or "\n" in name else name) or "x"
 
-    def _fill(self, dice: random.Random, names: list[str], prefix: str) -> None:
-        """Most names get jobs, most of these are expired, most have an object."""
-        self.jobs: list[Job] = [("anchor", None, "OFFICIAL", "anchor")]
-        self.jobs.append(("empty", *EXPIRED[0][::-1], ""))
-        self.objects = {prefix + "anchor": 1}
-        for name in names:
-            for _ in range(dice.choice([0, 1, 1, 1, 2, 3])):
-                type_, done = dice.choice(EXPIRED if dice.random() < 0.75 else REMAINING)
-                self.jobs.append((f"j{len(self.jobs)}", done, type_, name))
-            if dice.random() < 0.85:
-                self.objects[prefix + name] = dice.choice([1, 1, 30])
-        for name in names[:5]:
-            self.objects.setdefault(name, 30)
-
     def load(self, box: Sandbox) -> None:
+        index = self.dice.choice(["", ", KEY (sourceData)"])  # with it the re-check asks otherwise
+        columns = COLUMNS.replace("NOT NULL)", f"NOT NULL{index})")
         collation = self.dice.choice(["general_ci", "bin", "unicode_ci"])
-        columns = COLUMNS.replace("general_ci", collation)
-        if self.dice.random() < 0.5:  # the re-check then asks in another way
-            columns = columns.replace("NOT NULL)", "NOT NULL, KEY (sourceData))")
-        box.load(self.jobs, [], columns)
+        box.load(self.jobs, [], columns.replace("general_ci", collation))
         if self.versioned:
             status = {"Status": "Enabled"}
             box.s3().put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration=status)
@@ -296,84 +227,73 @@ class Draw:
             box.put(key, age=timedelta(days=days))
 
 
-@contextmanager
-def chaos(scene: Scene, draw: Draw, running: list[Any]) -> Iterator[None]:
-    """Database, server and process break: at some request to S3, or after some time."""
-    dice, db, asked = draw.dice, scene.db, scene.s3
-    freeze = partial(db.freeze, 0.4)
-    actions: list[Any] = [db.break_connections, db.kill, partial(db.kill, "QUERY"), freeze]
-    actions += [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
-    at: dict[tuple[str, int], Any] = {}
-    timers: list[threading.Timer] = []
-
-    def act(action: Any) -> None:
-        if callable(action):
-            action()
-        elif running:
-            scene.signal(running[0], action)
-
-    def watch(request: Request) -> None:
-        for place in (("", len(asked.requests)), ("delete", asked.count("delete"))):
-            act(at.pop(place, lambda: None))
-
+def break_things(scene: Scene, draw: Draw, timers: list[threading.Timer]) -> None:
+    """S3 breaks; database, server and process do at some request to S3, or a little later."""
+    dice, left, where = draw.dice, iter(range(5)), draw.dice.choice(["", "delete"])
+    share = dice.choice([0.2, 0.5] if draw.late else [0, 0.2, 0.5])
+    actions = [scene.cut, scene.kill, partial(scene.kill, "QUERY"), partial(scene.freeze, 0.4)]
+    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    actions += [partial(scene.signal, signum) for signum in signals]
+    at: dict[tuple[str, int], Callable[[], None]] = {}
     for action in dice.choices(actions, k=dice.choice([0, 0, 1, 1, 2])):
-        if dice.random() < 0.7:
-            what = dice.choice(["", "delete"])  # any request, or the deletes alone
-            at[what, dice.randrange(1, 7 if what else 20)] = action
-        else:
-            timers.append(threading.Timer(dice.uniform(0.5, 1.5), act, [action]))
-    asked.watch = watch
-    sick = dice.choice(["wait_timeout = 1", db.patience(0.001), "read_only = 1"])
-    with db.setting(sick) if dice.random() < 0.15 else nullcontext():
-        for timer in timers:
-            timer.start()
-        yield
-        for timer in timers:
-            timer.cancel()
-            timer.join()
+        what, most = dice.choice([("versioning", 1), ("list", 9), ("delete", 6)])
+        at[what, dice.randint(1, most)] = action
+
+    def late(request: Request, forward: Forward) -> Answer:
+        time.sleep(draw.late)
+        return forward(request)
+
+    def choose(request: Request) -> str | None:
+        if action := at.pop((request.operation, request.number), None):
+            timers.append(threading.Timer(dice.choice([0, 0.02, 0.2]), action))
+            timers[-1].start()
+        kinds = [kind for kind, (places, _) in scene.faults.items() if request.operation in places]
+        meets = request.operation.startswith(where) and dice.random() < share
+        if not meets or next(left, None) is None:
+            return None
+        return LATE if LATE in kinds and dice.random() < 0.5 else dice.choice(kinds)
+
+    if draw.late:
+        scene.faults[LATE] = ("delete", "delete-one"), late
+    scene.choose, scene.latency = choose, dice.choice([0, 0.05, 0.2])
+
+
+def disturbed(scene: Scene, draw: Draw) -> tuple[History, Run]:
+    """The run that meets the faults, while jobs are written all the time."""
+    dice, timers, end = random.Random(draw.seed), list[threading.Timer](), time.monotonic() + 60
+    break_things(scene, draw, timers)
+    with scene.box.database.admin(database=DATABASE) as connection:
+        cursor = connection.cursor()
+        cursor.execute("SET time_zone = '+00:00', sql_mode = '', wait_timeout = 60")
+        history = History(cursor, draw.jobs)
+        patch = "rp.DELETE_TIMEOUT = 1" if draw.late else ""
+        process = scene.start(*draw.options, patch=patch)
+        while draw.pause and process.poll() is None and time.monotonic() < end:
+            time.sleep(dice.random() * draw.pause)
+            act = history.reload if dice.random() < draw.reloads else history.change
+            act(dice, draw.names)
+            scene.injected["jobs", f"{act.__name__} during the run"] += 1
+    run = scene.finish()
+    for timer in timers:
+        timer.join()
+    return history, run
 
 
 def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
     """Play a schedule; how often which fault took place. Raises AssertionError."""
     draw = Draw(seed)
-    with Scene(box, draw.patches) as scene:
+    with Scene(box, draw.patch) as scene:
         draw.load(box)
-        if len(draw.objects) < 100:
-            few = 1 if len(draw.objects) < 12 else 10
-            scene.s3.page = draw.dice.choice([None, few, 10, 25])
-        history = History(draw.jobs)
-        run = disturbed(scene, draw, history)
-        assert not (draw.dry and (run.gone or run.events))
+        scene.page, scene.limit = draw.page, LIMIT if draw.slow else scene.limit
+        scene.injected["process", "credentials that took long"] += draw.slow
+        history, run = disturbed(scene, draw)
+        scene.injected["runs", f"ended with exit code {run.code}"] += 1
         never_too_much(draw, history, run)
         if draw.delete_jobs:
             rows_in_order(scene, draw, history, run)
         scene.calm()
         converges(scene, draw)
         return scene.injected
-
-
-def disturbed(scene: Scene, draw: Draw, history: History) -> Run:
-    """The run that meets the faults and the writer."""
-    dice, share = draw.dice, draw.dice.choice([0, 0.2, 0.5])
-    of_deletes: dict[str, Fault] = {  # listings and the like meet none: runs get further
-        kind: (tuple(place for place in where if place.startswith("delete")), act)
-        for kind, (where, act) in S3_FAULTS.items()
-    }
-    faults = dice.choice([S3_FAULTS, of_deletes])
-    if "DELETE_TIMEOUT" in draw.patches:
-        lately = {LATE: (("delete", "delete-one"), late(dice.choice([1.2, 2.5, 5])))}
-        scene.s3.faults |= lately
-        faults, share = dice.choice([lately, faults | lately]), max(share, 0.2)
-    scene.s3.choose = at_random(dice, share, 5, faults)
-    scene.s3.latency = dice.choice([0, 0.05, 0.2])
-    before, running = set(scene.box.live_keys()), list[Any]()
-    with chaos(scene, draw, running), writing(scene, history, draw):
-        running.append(scene.start(*draw.options, *["-n"] * draw.dry))
-        run = scene.finish(running[0], before, 0)
-    if "SIGN" in draw.patches:
-        scene.injected["process", "credentials that took long"] += 1
-    scene.injected["runs", f"ended with exit code {run.code}"] += 1
-    return run
 
 
 # --- What must hold -------------------------------------------------------------------------------
@@ -384,58 +304,51 @@ def never_too_much(draw: Draw, history: History, run: Run) -> None:
     whose rows were all away.
 
     The re-check took place before the intent was logged, no longer ago than the run admits; where
-    requests may be too old to be sent after their intent, no longer ago than they may be.
+    requests grow too old after their intent, no longer ago than they may.
     """
-    age = run.limit if "SIGN" in draw.patches else run.age
-    for event in run.events:
-        if event["event"] != "delete":
-            continue
+    age = run.limit if draw.slow else run.age
+    for event in run.all("delete"):
         key, end, orphan = event["key"], as_seconds(event["time"]), event["reason"] == "orphan"
-        start, name = end - age - 0.01, key.removeprefix(draw.model.prefix)
-        held = history.referred(
-            name, start, end, lambda job, any_=orphan: any_ or not is_expired(job)
-        )
+        name = key.removeprefix(draw.model.prefix)
+        tables = history.between(name, end - age - 0.01, end)
+        held = all(any(orphan or not is_expired(job) for job in jobs) for jobs in tables)
         assert not held, f"{key!r} was to be deleted though a job referred to it"
         assert key.startswith(draw.model.prefix)
         if orphan:
             assert draw.model.is_old_orphan(key, draw.objects[key]), event
         else:
-            assert any(is_expired(state.job) for state in history.of(name)), event
-            away = history.vanished(name, start, end)
-            assert not away, f"{key!r} was to be deleted though all its rows were away"
+            assert True in history.kinds(name), event
+            assert any(tables), f"{key!r} was to be deleted though all its rows were away"
 
 
 def rows_in_order(scene: Scene, draw: Draw, history: History, run: Run) -> None:
     """The purge deleted rows only of expired jobs, whose object is gone or kept by another job; and
     said so in the log before."""
-    left = {job_id for job_id, *_ in scene.db.sql(ROWS)}
-    intents = [event for event in run.events if event["event"] == "delete-job"]
-    for job_id in {*history.jobs} - left - history.deleted:
-        job = history.jobs[job_id][-1].job
+    intents = run.all("delete-job")
+    for job_id in {*history.jobs} - {*scene.box.job_ids()}:
+        job = history.jobs[job_id]
         assert is_expired(job), f"row {job} is gone"
         assert job_id in {event["job_id"] for event in intents}, f"{job} is gone without an intent"
         away = draw.model.prefix + job[3] not in run.after
-        assert away or history.kept(job[3]), f"row {job} is gone, its object is there"
-    done = {event["key"]: event["ends_at"] for event in run.events if event["event"] == "deleted"}
+        assert away or False in history.kinds(job[3]), f"row {job} is gone, its object is there"
+    done = {event["key"]: event["line"] for event in run.all("deleted")}
     for event in intents:
         key, name = event["key"], event["key"].removeprefix(draw.model.prefix)
-        gone = key not in run.before or done.get(key, math.inf) < event["ends_at"]
-        assert gone or history.kept(name), f"{event} before its object was gone"
-        assert event["job_id"] in {state.job[0] for state in history.of(name)}
+        gone = key not in run.before or done.get(key, math.inf) < event["line"]
+        assert gone or False in history.kinds(name), f"{event} before its object was gone"
+        assert (event["job_id"], name) in {(job[0], job[3]) for job in history.ever}
     assert run.was_killed or run.summary["jobs_deleted"] <= len(intents)
 
 
 def converges(scene: Scene, draw: Draw) -> None:
     """A run without faults leaves what the model says; the next one finds nothing to do."""
-    jobs = list(scene.db.sql("SET time_zone = '+00:00'", ROWS))
+    jobs = list(scene.box.sql("SET time_zone = '+00:00'", ROWS))
     objects = {key: draw.objects[key] for key in scene.box.live_keys()}
-    second = scene.purge(*draw.options)
     right = {*objects} - draw.model.deletable(jobs, objects)
-    assert (second.code, second.after) == (0, right), second
-    assert not draw.delete_jobs or {*scene.box.job_ids()} == draw.model.rows_left(jobs)
-    # Rows that --delete-jobs removed were the only thing that told an orphan.
-    third = scene.purge(*draw.options)
-    assert (third.code, third.counted("planned"), third.summary["jobs_deleted"]) == (0, 0, 0)
+    second = scene.converges(*draw.options)
+    assert second.after == right, second
+    left = {job[0] for job in jobs if not is_expired(job) or not job[3]}
+    assert not draw.delete_jobs or {*scene.box.job_ids()} == left
     if draw.versioned:
         undo(scene, draw)
 
@@ -450,15 +363,15 @@ def undo(scene: Scene, draw: Draw) -> None:
     stacked = Counter(item["Key"] for item in versions.get("DeleteMarkers", []))
     twice = [key for key, count in stacked.items() if count > 1]
     assert not twice or scene.injected["S3 delete", LATE], "delete markers are stacked"
-    intents: dict[str, set[str]] = defaultdict(set)
+    intents: dict[str, set[str]] = {}
     for event in scene.events():
         if event["event"] == "delete":
-            intents[event["run_id"]].add(event["key"])
-    prefix = [f"--prefix={draw.model.prefix}"] * bool(draw.model.prefix)
+            intents.setdefault(event["run_id"], set()).add(event["key"])
     for run_id, keys in reversed(intents.items()):
         hidden = keys - set(scene.box.live_keys())
-        summary = scene.undo("--run-id", run_id, *prefix)
+        log = str(scene.audit)
+        summary = ended(scene.start("--undo", log, "--run-id", run_id, *draw.prefix)).summary
         live, told = set(scene.box.live_keys()), summary["restored"]
-        assert told["expired"] + told["orphan"] == len(hidden & live)
+        assert (summary["exit_code"], told["expired"] + told["orphan"]) == (0, len(hidden & live))
         assert summary["retained"] == len(keys - live), "not restored, and not said so"
         assert summary["retained"] <= len(twice), "a run's own delete marker was left alone"

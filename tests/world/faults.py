@@ -1,45 +1,38 @@
 """Faults of S3, of the database and of the process, on real sockets and on schedule.
 
-`Scene` is the sandbox behind `FaultyS3` and `FaultyDatabase`, and the purge in it; `verify` is what
-must hold after every run, whatever broke, seen from the outside. Every fault that took place is
-counted in `Scene.injected`, by part and kind.
+`Scene` is the sandbox behind both proxies, and the purge in it; `verify` is what must hold after
+every run, whatever broke, seen from the outside. Every fault that took place is counted in
+`Scene.injected`, by part and kind.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import pymysql
-from proxies import RESET, Answer, Request, S3Proxy, TcpProxy
+from proxies import DROP, Answer, Request, S3Proxy, TcpProxy
 from sandbox import DATABASE, Sandbox
-from script import Process, Result, World, ended
+from script import ERROR, Process, Result, World, ended
 
 USER, PASSWORD = "faults", "of-the-sandbox"
+MAX_AGE = 30.0  # of a re-check, in seconds
 
 # --- S3 -------------------------------------------------------------------------------------------
 
 Forward = Callable[[Request], Answer]
-# Answers in S3's place; None if the fault makes no sense for this request.
-Act = Callable[[Request, Forward], Answer | None]
-
-
-def error(code: str) -> bytes:
-    return f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+Act = Callable[[Request, Forward], Answer]  # answers in S3's place
 
 
 def instead(answer: Answer, effect: bool = False) -> Act:
@@ -66,16 +59,6 @@ def cut_short(request: Request, forward: Forward) -> Answer:
     return replace(half, headers=half.headers | whole)
 
 
-def late(seconds: float) -> Act:
-    """Carried out when the client may have given up, or ended."""
-
-    def act(request: Request, forward: Forward) -> Answer:
-        time.sleep(seconds)
-        return forward(request)
-
-    return act
-
-
 def keys_of(request: Request) -> list[str]:
     """The keys that a delete or delete-one names."""
     if request.operation == "delete-one":
@@ -84,22 +67,19 @@ def keys_of(request: Request) -> list[str]:
     return [node.text or "" for node in root.iterfind(".//{*}Key")]
 
 
-Change = Callable[[list[bytes]], list[bytes]]
-
-
-def edited(body: bytes, tag: bytes, change: Change) -> bytes:
+def edited(body: bytes, tag: bytes, change: Callable[[list[bytes]], list[bytes]]) -> bytes:
     """The same XML with its elements of this name, which follow one another, changed."""
-    pattern = rb"(?s)<%b>.*</%b>" % (tag, tag)
-    each = rb"(?s)<%b>.*?</%b>" % (tag, tag)
-    return re.sub(pattern, lambda all_: b"".join(change(re.findall(each, all_[0]))), body)
+    whole, each = (rb"(?s)<%b>%b</%b>" % (tag, inner, tag) for inner in (b".*", b".*?"))
+    return re.sub(whole, lambda all_: b"".join(change(re.findall(each, all_[0]))), body)
 
 
 # Headers that tell of the body.
 CHECKED = re.compile("content-length|content-md5|x-amz-checksum", re.IGNORECASE)
 REFUSED = b"<Error><Key>%b</Key><Code>%b</Code><Message>injected</Message></Error>"
+NOTHING = b"<DeleteResult></DeleteResult>"
 
 
-def others(entries: list[bytes]) -> list[bytes]:
+def but_every_third(entries: list[bytes]) -> list[bytes]:
     return [entry for place, entry in enumerate(entries) if place % 3]
 
 
@@ -111,51 +91,31 @@ def for_some_keys(code: str = "", effect: bool = False) -> Act:
         keys = re.findall(rb"(?s)<Key>(.*?)</Key>", request.body)
         if not effect:
             headers = {k: v for k, v in request.headers.items() if not CHECKED.match(k)}
-            body = edited(request.body, b"Object", others)
+            body = edited(request.body, b"Object", but_every_third)
             request = replace(request, body=body, headers=headers)
         answer = forward(request) if effect or len(keys) > 1 else Answer(200, NOTHING)
-        body = edited(answer.body, b"Deleted", others) if effect else answer.body
+        body = edited(answer.body, b"Deleted", but_every_third) if effect else answer.body
         told = b"".join(REFUSED % (key, code.encode()) for key in keys[::3] if code)
         return replace(answer, body=body.replace(b"</DeleteResult>", told + b"</DeleteResult>"))
 
     return act
 
 
-NOTHING = b"<DeleteResult></DeleteResult>"
+def without_start_after(_: Request, answer: Answer) -> Answer:
+    """moto echoes it as it came, though XML may not carry it."""
+    return replace(answer, body=re.sub(rb"(?s)<StartAfter>.*?</StartAfter>", b"", answer.body))
 
 
-def reordered(change: Change) -> Act:
-    """A listing's page with its entries changed."""
-
-    def act(request: Request, forward: Forward) -> Answer | None:
-        answer = forward(request)
-        if answer.body.count(b"<Contents>") < 2:
-            return None
-        body = edited(answer.body, b"Contents", change)
-        count = b"<KeyCount>%d" % body.count(b"<Contents>")
-        return replace(answer, body=re.sub(rb"<KeyCount>\d+", count, body))
-
-    return act
-
-
-def first_page_again(request: Request, forward: Forward) -> Answer | None:
-    """The listing's first page where a further one was asked for."""
-    path = re.sub("(continuation-token|start-after)=[^&]+&?", "", request.path)
-    return forward(replace(request, path=path)) if path != request.path else None
-
-
-HTML = Answer(200, b"<html><body>Please sign in</body></html>")
 ANSWERED = ("versioning", "list", "delete", "other")  # by XML; other: the list of versions
 ALL = (*ANSWERED, "delete-one")
 
-Fault = tuple[tuple[str, ...], Act]  # where it can happen, and what it does
-S3_FAULTS: dict[str, Fault] = {
-    "500 InternalError": (ALL, instead(Answer(500, error("InternalError")))),
-    "503 SlowDown": (ALL, instead(Answer(503, error("SlowDown")))),
-    "connection reset before the request took effect": (ALL, instead(RESET)),
-    "connection reset after the request took effect": (ALL, instead(RESET, effect=True)),
+S3_FAULTS: dict[str, tuple[tuple[str, ...], Act]] = {  # where it can happen, and what it does
+    "500 InternalError": (ALL, instead(Answer(500, b"<Error><Code>InternalError</Code></Error>"))),
+    "503 SlowDown": (ALL, instead(Answer(503, b"<Error><Code>SlowDown</Code></Error>"))),
+    "connection lost before the request took effect": (ALL, instead(DROP)),
+    "connection lost after the request took effect": (ALL, instead(DROP, effect=True)),
     "200 without a body": (ANSWERED, instead(Answer(200))),
-    "200 with HTML": (ALL, instead(HTML)),
+    "200 with HTML": (ALL, instead(Answer(200, b"<html>Please sign in</html>"))),
     "200 with truncated XML": (ANSWERED, truncated),
     "connection closed in mid-body": (ANSWERED, cut_short),
     "204 without effect": (ANSWERED, instead(Answer(204))),
@@ -166,142 +126,7 @@ S3_FAULTS: dict[str, Fault] = {
     "AccessDenied for some keys": (("delete",), for_some_keys("AccessDenied")),
     "keys missing from the answer": (("delete",), for_some_keys()),
     "keys missing from the answer, yet deleted": (("delete",), for_some_keys(effect=True)),
-    "listing page reversed": (("list",), reordered(lambda parts: parts[::-1])),
-    "listing page with a key twice": (("list",), reordered(lambda parts: [*parts, parts[-1]])),
-    "listing page repeated": (("list",), first_page_again),
 }
-
-
-class FaultyS3(S3Proxy):
-    """Before moto: `choose` names the fault, if any, that a request meets.
-
-    `page` makes S3 list at most so many keys at a time, as it may. `latency` is a request's random
-    extra time, in seconds at most. `watch` sees each request before it is answered. A fault may be
-    added to `faults`.
-    """
-
-    def __init__(self, url: str, injected: Counter[tuple[str, str]], audit: Path) -> None:
-        super().__init__(url)
-        self.choose: Callable[[Request], str | None] = lambda request: None
-        self.watch: Callable[[Request], None] = lambda request: None
-        self.page: int | None = None
-        self.latency = 0.0
-        self.faults = dict(S3_FAULTS)
-        self._audit, self._injected = audit, injected
-        self._busy, self._lock = 0, threading.Lock()
-
-    def answer(self, request: Request) -> Answer:
-        with suppress(FileNotFoundError):
-            request.logged = self._audit.stat().st_size
-        with self._lock:
-            self._busy += 1
-            self.requests.append(request)
-            kind = self.choose(request)
-        try:
-            self.watch(request)
-            time.sleep(random.random() * self.latency)
-            answer = self.faults[kind][1](request, self.ask) if kind else None
-            if answer is None:
-                return self.ask(request)
-            self._injected["S3 " + request.operation, kind or ""] += 1
-            return answer
-        finally:
-            with self._lock:
-                self._busy -= 1
-
-    def ask(self, request: Request) -> Answer:
-        """moto's own answer; it echoes a StartAfter as it came, though XML may not carry it."""
-        if self.page and request.operation == "list":
-            most = min(self.page, int(request.query.get("max-keys", ["1000"])[0]))
-            path = re.sub(r"max-keys=\d+", f"max-keys={most}", request.path)
-            request = replace(request, path=path)
-        answer = self._forward(request)
-        if request.operation == "list":
-            answer.body = re.sub(rb"(?s)<StartAfter>.*?</StartAfter>", b"", answer.body)
-        return answer
-
-    def settle(self) -> None:
-        """Wait until all that was asked is answered: a killed client leaves requests behind."""
-        while self._busy:
-            time.sleep(0.01)
-
-
-Choice = Callable[[Request], str | None]
-
-
-def scripted(faults: dict[str, Iterable[str]]) -> Choice:
-    """The first requests of each operation meet these faults, one after the other."""
-    left = {operation: deque(kinds) for operation, kinds in faults.items()}
-
-    def choose(request: Request) -> str | None:
-        kinds = left.get(request.operation)
-        return kinds.popleft() if kinds else None
-
-    return choose
-
-
-def always(operation: str, kind: str) -> Choice:
-    return lambda request: kind if request.operation == operation else None
-
-
-def at_random(dice: random.Random, rate: float, most: int, faults: dict[str, Fault]) -> Choice:
-    """A share of the requests meets one of the faults, `most` at most."""
-    left = iter(range(most))
-
-    def choose(request: Request) -> str | None:
-        kinds = [kind for kind, (where, _) in faults.items() if request.operation in where]
-        if not kinds or dice.random() > rate or next(left, None) is None:
-            return None
-        return dice.choice(kinds)
-
-    return choose
-
-
-# --- Database -------------------------------------------------------------------------------------
-
-
-class FaultyDatabase(TcpProxy):
-    """Before the server, with its root's means to break things."""
-
-    def __init__(self, box: Sandbox, injected: Counter[tuple[str, str]]) -> None:
-        super().__init__(box.database.port)
-        self.sql, self.patience = box.sql, box.database.patience
-        self._server, self._injected = box.database.process, injected
-
-    def count(self, kind: str) -> None:
-        self._injected["database", kind] += 1
-
-    def break_connections(self) -> None:
-        self.count("connection cut on the wire")
-        self.cut()
-
-    def kill(self, what: str = "CONNECTION") -> None:
-        """KILL CONNECTION or KILL QUERY, for all that the purge has open."""
-        where = f"user = '{USER}'" + (" AND command = 'Query'" if what == "QUERY" else "")
-        which = f"SELECT id FROM information_schema.processlist WHERE {where}"
-        with suppress(pymysql.Error):  # it has ended by itself, or MySQL cannot spell its statement
-            for (thread,) in self.sql(which):
-                self.sql(f"KILL {what} {thread}")
-                self.count(f"KILL {what}")
-
-    def freeze(self, seconds: float) -> None:
-        """The server takes no more steps for so long."""
-        self.count("server stops answering (SIGSTOP)")
-        os.kill(self._server.pid, signal.SIGSTOP)
-        time.sleep(seconds)
-        os.kill(self._server.pid, signal.SIGCONT)
-
-    @contextmanager
-    def setting(self, *assignments: str) -> Iterator[None]:
-        """Global variables of the server, `name = number`, for sessions that begin from now on."""
-        with ExitStack() as stack:
-            for assignment in assignments:
-                name = assignment.split()[0]
-                ((before,),) = self.sql(f"SELECT @@GLOBAL.{name}")
-                stack.callback(self.sql, f"SET GLOBAL {name} = {before}")
-                self.count(assignment)
-                self.sql(f"SET GLOBAL {assignment}")
-            yield
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -313,11 +138,10 @@ class Run(Result):
 
     before: set[str] = field(repr=False)
     after: set[str] = field(repr=False)
-    # This run's, in the audit log; `ends_at` is where each one's line ends, in bytes.
-    events: list[dict[str, Any]] = field(repr=False, default_factory=list)
-    requests: list[Request] = field(repr=False, default_factory=list)  # its deletes
-    signals: int = 0  # that it was sent
-    limit: float = 30.0  # seconds: no request leaves with an older re-check
+    events: list[dict[str, Any]] = field(repr=False)  # this run's in the log, each with its `line`
+    requests: list[Request] = field(repr=False)  # its deletes
+    signals: int  # that it was sent
+    limit: float  # seconds: no request leaves with an older re-check
 
     @property
     def gone(self) -> set[str]:
@@ -340,8 +164,12 @@ class Run(Result):
         told = None if self.was_killed else self.summary["max_recheck_age_seconds"]
         return self.limit if told is None else float(told)
 
-    def keys(self, event: str) -> list[str]:
-        return [item["key"] for item in self.events if item["event"] == event]
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        """The events of this kind."""
+        return [event for event in self.events if event["event"] == kind]
+
+    def keys(self, kind: str) -> list[str]:
+        return [event["key"] for event in self.all(kind)]
 
     def counted(self, name: str) -> int:
         """`planned` or `deleted`, of any reason."""
@@ -355,8 +183,8 @@ def as_seconds(text: str) -> float:
 
 def verify(run: Run) -> None:
     """Bucket, requests, audit log, summary, standard error and exit code tell the same story."""
-    if run.began:  # Python, while it imports, ends at a Ctrl-C with one
-        assert "Traceback" not in run.err, run.err
+    # Python, while it imports, ends at a Ctrl-C with one.
+    assert not (run.began and "Traceback" in run.err), run.err
     assert run.gone <= set(run.keys("delete")), "gone without an intent in the log"
     assert not set(run.keys("deleted")) & run.after, "said to be deleted, but there"
     asked_in_order(run)
@@ -375,16 +203,15 @@ def verify(run: Run) -> None:
 def asked_in_order(run: Run) -> None:
     """Each key that S3 was asked to delete stood in the log by then, and its re-check was as young
     as the run says (a second is for the request's way)."""
-    intents: dict[str, list[tuple[int, float]]] = {}
-    for event in run.events:
-        if event["event"] == "delete":
-            times = intents.setdefault(event["key"], [])
-            times.append((event["ends_at"], as_seconds(event["time"])))
+    intents = defaultdict[str, list[dict[str, Any]]](list)
+    for event in run.all("delete"):
+        intents[event["key"]].append(event)
     for request in run.requests:
         for key in keys_of(request):
-            times = [time for ends_at, time in intents.get(key, []) if ends_at <= request.logged]
-            assert times, f"{key!r} was asked for without an intent on disk"
-            assert request.at - times[-1] < run.age + 1, "a request came later than its age says"
+            known = [event for event in intents[key] if event["line"] < request.logged]
+            assert known, f"{key!r} was asked for without an intent on disk"
+            age = request.at - as_seconds(known[-1]["time"])
+            assert age < run.age + 1, "a request came later than its age says"
 
 
 def adds_up(run: Run, summary: dict[str, Any]) -> None:
@@ -408,40 +235,26 @@ def adds_up(run: Run, summary: dict[str, Any]) -> None:
     assert (age is None) == (not sent), f"age {age} of {sent} requests"
     assert (age or 0) <= run.limit, "the re-check was too old"
     assert len(run.requests) <= sent
-    on_standard_error(run, summary)
-
-
-def on_standard_error(run: Run, summary: dict[str, Any]) -> None:
-    """The error in one line, with time and run id; a line for each cause, with its keys counted."""
-    found = re.findall(r"(?m)^(?:(\S+Z) )?Error: (.*?)(?: \(run (\S+)\))?$", run.err)
-    assert len(found) == (summary["error"] is not None), run.err
-    for moment, message, run_id in found:
-        assert abs(as_seconds(moment) - time.time()) < 120
-        assert (message, run_id) == (summary["error"], summary["run_id"])
-    for name in ("failed", "retained"):
-        causes = re.findall(rf"(?m) (\d+) keys {name}: (.*) \(.*\)$", run.err)
-        assert sum(int(count) for count, _ in causes) == summary[name], run.err
-        assert len({cause for _, cause in causes}) == len(causes)
-
-
-# Patches that bring faults with them.
-PATIENCE = ("SIGN", "MAX_RECHECK_AGE", "DELETE_TIMEOUT", "LIST_TIMEOUT", "RECHECK_TIMEOUT")
+    assert ERROR.findall(run.err) == [summary["error"]] * (not clean)
 
 
 class Scene(World):
-    """The sandbox behind both fault layers. The purge logs in with a password: an IAM token is
-    signed for the real port, and the way leads through a proxy's.
+    """The sandbox behind both proxies. The purge logs in with a password: an IAM token is signed
+    for the real port, and the way leads through a proxy's.
 
-    `patches` change constants of the script: with small batches, many of them take few objects.
+    `choose` names the fault, if any, that a request to S3 meets, and may do other harm. S3 lists at
+    most `page` keys at a time, and takes up to `latency` seconds more for a request.
     """
 
-    def __init__(self, box: Sandbox, patches: dict[str, Any] | None = None) -> None:
-        super().__init__(box, dict(patches or {}))
+    def __init__(self, box: Sandbox, patch: str = "") -> None:
+        super().__init__(box, patch)
         self.audit = box.home / "audit.jsonl"
-        self.signals = 0
+        self.audit.write_bytes(b"")
         self.injected: Counter[tuple[str, str]] = Counter()
-        self.s3 = FaultyS3(box.s3_url, self.injected, self.audit)
-        self.db = FaultyDatabase(box, self.injected)
+        self.faults, self.page, self.signals, self.limit = dict(S3_FAULTS), 1000, 0, MAX_AGE
+        self.s3, self.db = S3Proxy(box.s3_url), TcpProxy(box.database.port)
+        self.s3.before, self.s3.after = self._meet, without_start_after
+        self.calm()
         self.settings |= {
             "AWS_ENDPOINT_URL_S3": self.s3.url,
             "RETENTION_PURGE_DB_PORT": str(self.db.port),
@@ -450,13 +263,13 @@ class Scene(World):
         }
 
     def __enter__(self) -> Self:
-        self.audit.unlink(missing_ok=True)
         self.s3.__enter__()
         self.db.__enter__()
-        self.db.sql(
+        self.box.sql(
             f"DROP USER IF EXISTS {USER}@'%'",
             f"CREATE USER {USER}@'%' IDENTIFIED BY '{PASSWORD}' REQUIRE SSL",
             f"GRANT SELECT, DELETE ON {DATABASE}.* TO {USER}@'%'",
+            "SET GLOBAL wait_timeout = 1",  # the session's own is longer
         )
         return self
 
@@ -464,70 +277,90 @@ class Scene(World):
         self.stop()
         self.db.__exit__()
         self.s3.__exit__()
+        self.box.sql("SET GLOBAL wait_timeout = DEFAULT")
+
+    # What breaks.
+
+    def calm(self) -> None:
+        """No more faults of S3."""
+        self.choose: Callable[[Request], str | None] = lambda request: None
+        self.latency = 0.0
+
+    def _meet(self, request: Request) -> Answer | None:
+        request.logged = self.audit.read_bytes().count(b"\n")
+        if found := re.search(r"(?<=max-keys=)\d+", request.path):
+            most = min(self.page, int(found[0]))
+            request.path = request.path.replace(f"max-keys={found[0]}", f"max-keys={most}")
+        kind = self.choose(request)
+        time.sleep(random.random() * self.latency)
+        if kind is None:
+            return None
+        self.injected["S3 " + request.operation, kind] += 1
+        return self.faults[kind][1](request, self.s3.forward)
+
+    def cut(self) -> None:
+        """The database's connections, on the wire."""
+        self.injected["database", "connection cut on the wire"] += 1
+        self.db.cut()
+
+    def kill(self, what: str = "CONNECTION") -> None:
+        """KILL CONNECTION or KILL QUERY, for all that the purge has open."""
+        where = f"user = '{USER}'" + (" AND command = 'Query'" if what == "QUERY" else "")
+        which = f"SELECT id FROM information_schema.processlist WHERE {where}"
+        with suppress(pymysql.Error):  # it has ended by itself, or MySQL cannot spell its statement
+            for (thread,) in self.box.sql(which):
+                self.box.sql(f"KILL {what} {thread}")
+                self.injected["database", f"KILL {what}"] += 1
+
+    def freeze(self, seconds: float) -> None:
+        """The database's server takes no more steps for so long."""
+        self.injected["database", "server stops answering (SIGSTOP)"] += 1
+        self.box.database.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.box.database.process.send_signal(signal.SIGCONT)
+
+    def signal(self, signum: int) -> None:
+        """Send it to the run that is under way."""
+        for process in self.processes[-1:]:
+            if process.poll() is None:
+                self.signals += 1
+                process.send_signal(signum)
+                self.injected["process", signal.Signals(signum).name] += 1
+
+    # What is run.
 
     def start(self, *arguments: str, **settings: Any) -> Process:
         """A run that answers in JSON; with an audit log, but for an undo."""
         log = [] if "--undo" in arguments else ["--audit-log", str(self.audit)]
+        self._before, self._logged = set(self.box.live_keys()), self.audit.read_bytes().count(b"\n")
         self._asked, self.signals = len(self.s3.requests), 0
         return super().start("--json", *log, *arguments, **settings)
 
-    def signal(self, process: Process, signum: int) -> None:
-        if process.poll() is None:
-            self.signals += 1
-            process.send_signal(signum)
-            self.injected["process", signal.Signals(signum).name] += 1
-
-    def finish(self, process: Process, before: set[str], logged: int, check: bool = True) -> Run:
-        """Wait for a run; what it left, verified. `logged`: bytes in the audit log before it."""
-        told = astuple(ended(process))
+    def finish(self) -> Run:
+        """Wait for the run; what it left, verified."""
+        told = astuple(ended(self.processes[-1]))
         self.s3.settle()
-        after, events = set(self.box.live_keys()), self.events(logged)
+        after, events = set(self.box.live_keys()), self.events(self._logged)
         asked = [r for r in self.s3.requests[self._asked :] if r.operation.startswith("delete")]
-        limit = self.patches.get("MAX_RECHECK_AGE", 30)
-        run = Run(*told, before, after, events, asked, self.signals, limit)
-        if check:
-            verify(run)
+        run = Run(*told, self._before, after, events, asked, self.signals, self.limit)
+        verify(run)
         return run
 
-    def purge(self, *arguments: str, check: bool = True, **settings: Any) -> Run:
-        before, logged = set(self.box.live_keys()), self.logged()
-        return self.finish(self.start(*arguments, **settings), before, logged, check)
+    def purge(self, *arguments: str, **settings: Any) -> Run:
+        self.start(*arguments, **settings)
+        return self.finish()
 
-    def undo(self, *arguments: str) -> dict[str, Any]:
-        """Undo a run of the audit log; the summary."""
-        result = ended(self.start("--undo", str(self.audit), *arguments))
-        assert result.code == 0, result.err
-        return result.summary
-
-    def calm(self) -> None:
-        """No more faults."""
-        for name in PATIENCE:
-            self.patches.pop(name, None)
-        self.s3.choose, self.s3.watch = lambda request: None, lambda request: None
-        self.s3.latency = 0.0
-        self.db.on_received = lambda total: None
-
-    def logged(self) -> int:
-        return self.audit.stat().st_size if self.audit.exists() else 0
+    def converges(self, *arguments: str) -> Run:
+        """Without faults a run finishes the work, and the next finds nothing to do; the first."""
+        run, again = self.purge(*arguments), self.purge(*arguments)
+        assert (run.code, again.code) == (0, 0), (run, again)
+        assert (again.counted("planned"), again.summary["jobs_deleted"]) == (0, 0)
+        return run
 
     def events(self, start: int = 0) -> list[dict[str, Any]]:
-        """The events after that byte of the audit log; a cut line is skipped."""
+        """The events from that line of the audit log on; a cut line is skipped."""
         found = []
-        text = self.audit.read_bytes()[start:] if self.audit.exists() else b""
-        for line in text.splitlines(keepends=True):
-            start += len(line)
+        for number, line in enumerate(self.audit.read_bytes().splitlines()):
             with suppress(ValueError):
-                found.append(json.loads(line) | {"ends_at": start})
-        return found
-
-
-def table_of(injected: Counter[tuple[str, str]], runs: int) -> str:
-    """`injected` as a Markdown table, for the page MEASURED.md."""
-    kinds: dict[str, Counter[str]] = {}
-    for (place, kind), count in sorted(injected.items()):
-        kinds.setdefault(kind, Counter())[place] += count
-    lines = [f"{runs:,} random schedules.", "", "| what broke | where | times |", "|---|---|---|"]
-    for kind, places in sorted(kinds.items(), key=lambda item: (min(item[1]), item[0])):
-        where = ", ".join(f"{place} {count:,}" for place, count in places.items())
-        lines.append(f"| {kind} | {where} | {places.total():,} |")
-    return "\n".join(lines)
+                found.append(json.loads(line) | {"line": number})
+        return [event for event in found if event["line"] >= start]

@@ -10,15 +10,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import boto3
 import s3_stub
 from botocore.awsrequest import AWSResponse
+from s3_stub import Answer
+from urllib3 import HTTPResponse
 
 import retention_purge as rp
-
-Answer = tuple[int, bytes]  # status and body
-
-
-class Body(io.BytesIO):
-    def stream(self, **_: Any) -> Iterable[bytes]:
-        return [self.read()]
 
 
 class LocalBucket(rp.Bucket):
@@ -27,7 +22,7 @@ class LocalBucket(rp.Bucket):
 
     def __init__(self) -> None:
         session = boto3.Session("key", "secret", region_name="eu-west-1")
-        super().__init__(session, rp.Report("purge", "bucket", "", "t"), 2, rp.Stop())
+        super().__init__(session, rp.Report(), 2, rp.Stop())
         self.fill()
 
     def fill(self, keys: Iterable[str] = (), prefix: str = "", workers: int = 2) -> LocalBucket:
@@ -38,11 +33,6 @@ class LocalBucket(rp.Bucket):
         self.asked: list[dict[str, str]] = []  # the query of each request
         return self
 
-    def page(
-        self, after: str = "", limit: int = rp.PAGE, token: str | None = None, prefix: str = ""
-    ) -> rp.Page:
-        return super().page(after, min(limit, rp.PAGE), token, prefix)  # a test may patch PAGE
-
     def _client(self, session: boto3.Session, timeout: int, attempts: int) -> Any:
         client = super()._client(session, timeout, attempts=1)
         client.meta.events.register("before-send.s3", self._answer)
@@ -51,8 +41,11 @@ class LocalBucket(rp.Bucket):
     def _answer(self, request: Any, **_: Any) -> AWSResponse:
         url = urlsplit(request.url)
         query = dict(parse_qsl(url.query, keep_blank_values=True))
+        # A test may patch PAGE.
+        query["max-keys"] = str(min(int(query.get("max-keys", s3_stub.PAGE)), rp.PAGE))
         self.asked.append(query)
         number, key, body = len(self.asked), unquote(url.path[1:]), request.body or b""
         answer = s3_stub.operation(self.store, request.method, "bucket", key, query, body)[1]
         status, content = self.after(number, answer)
-        return AWSResponse(request.url, status, {}, Body(content))
+        raw = HTTPResponse(io.BytesIO(content), preload_content=False)
+        return AWSResponse(request.url, status, {}, raw)

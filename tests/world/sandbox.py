@@ -12,9 +12,7 @@ import csv
 import json
 import logging
 import os
-import pwd
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,12 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import boto3
 import pymysql
@@ -37,39 +35,30 @@ from moto.server import ThreadedMotoServer
 
 HERE = Path(__file__).resolve().parent
 MYSQL = HERE.parent.parent / ".mysql"
-REGION = "eu-west-1"
-BUCKET = "incoming-data"
-DATABASE = "ndvr"
-USER = "dataops"
-TABLE = "ndvr_job_status"
-PASSWORD = "s3cret-passw0rd"  # where no token can be checked
+REGION, BUCKET = "eu-west-1", "incoming-data"
+DATABASE, TABLE = "ndvr", "ndvr_job_status"
+USER, PASSWORD = "dataops", "s3cret-passw0rd"  # where no token can be checked
 COLUMNS = """(
     jobId varchar(64) PRIMARY KEY, completedAt timestamp NULL, type varchar(12),
     sourceData varchar(64) NOT NULL) CHARSET utf8mb4 COLLATE utf8mb4_general_ci"""
-# A collation that takes 'a' and 'A' for the same, but not 'a' and 'a '.
-NOPAD = {"mariadb": "utf8mb4_unicode_520_nopad_ci", "mysql": "utf8mb4_0900_ai_ci"}
+# Collations that take 'a' and 'A' for the same, but not 'a' and 'a ': MariaDB's, MySQL's.
+NOPAD = "utf8mb4_unicode_520_nopad_ci", "utf8mb4_0900_ai_ci"
 
 Job = tuple[str, str | None, str | None, str]
-Kind = Literal["mariadb", "mysql"]
-
-
-# --- Database servers -----------------------------------------------------------------------------
 
 
 @dataclass
 class Server:
     """A running private MariaDB or MySQL. `admin()` is its root, over the Unix socket."""
 
-    kind: Kind
+    kind: str  # mariadb or mysql
     home: Path
     port: int
     process: subprocess.Popen[bytes]
 
     def admin(self, **options: Any) -> pymysql.Connection[Any]:
-        options = {"init_command": f"SET {self.patience(0)}"} | options
-        return pymysql.connect(
-            unix_socket=str(self.home / "socket"), user="root", autocommit=True, **options
-        )
+        options = {"init_command": f"SET {self.patience(0)}", "autocommit": True} | options
+        return pymysql.connect(unix_socket=str(self.home / "socket"), user="root", **options)
 
     @property
     def version(self) -> str:
@@ -82,31 +71,15 @@ class Server:
             return f"max_statement_time = {seconds:g}"
         return f"max_execution_time = {seconds * 1000:g}"
 
-    def wait(self, seconds: float = 60) -> None:
+    def wait(self) -> None:
         """Until the server answers; raises with its log when it does not."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + 60
         while True:
-            try:
+            with suppress(pymysql.Error):
                 return self.admin().close()
-            except pymysql.Error:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError((self.home / "log").read_text()) from None
-                time.sleep(0.05)
-
-
-def servers_user() -> str | None:
-    """Whom the servers run as. None if we are not root: as we are."""
-    if os.geteuid() != 0:
-        return None
-    return "mysql" if "mysql" in {entry.pw_name for entry in pwd.getpwall()} else "nobody"
-
-
-def as_user() -> list[str]:
-    """That user, as options of setpriv."""
-    user = servers_user()
-    if user is None:
-        return []
-    return [f"--reuid={user}", f"--regid={pwd.getpwnam(user).pw_gid}", "--clear-groups"]
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self.home / "log").read_text())
+            time.sleep(0.05)
 
 
 def free_port() -> int:
@@ -124,21 +97,19 @@ def mysqld() -> list[str]:
     if not loaders:
         reason = missing.read_text().strip() if missing.exists() else "sh tests/mysql.sh gets it"
         raise LookupError(f"no MySQL: {reason}")
-    return [
-        *(str(loaders[0]), "--library-path", str(loaders[0].parent)),
-        *(str(there / "sbin/mysqld"), "--no-defaults"),
-        f"--basedir={there}",
-        f"--plugin-dir={there / 'lib/mysql/plugin'}",
-        f"--lc-messages-dir={there / 'share/mysql'}",
-        f"--character-sets-dir={there / 'share/mysql/charsets'}",
-    ]
+    command = [loaders[0], "--library-path", loaders[0].parent, there / "sbin/mysqld"]
+    places = {"plugin-dir": "lib/mysql/plugin", "lc-messages-dir": "share/mysql"}
+    places |= {"basedir": "", "character-sets-dir": "share/mysql/charsets"}
+    options = [f"--{name}={there / place}" for name, place in places.items()]
+    return [*map(str, command), "--no-defaults", *options]
 
 
-def commands(kind: Kind) -> tuple[list[str], list[str]]:
+def commands(kind: str) -> tuple[list[str], list[str]]:
     """What makes a data directory whose root needs no password, and what serves it."""
     if kind == "mariadb":
         options = ["--no-defaults", "--innodb-log-file-size=8M"]
-        made = ["--skip-test-db", "--auth-root-authentication-method=normal"]
+        # --rpm leaves the PAM module's folder to the MariaDB that is installed.
+        made = ["--rpm", "--skip-test-db", "--auth-root-authentication-method=normal"]
         return ["mariadb-install-db", *options, *made], ["mariadbd", *options]
     # loose: a version that lacks the option starts all the same. RDS has no performance schema.
     loose = ("mysqlx=OFF", "innodb-redo-log-capacity=8M", "auto-generate-certs=OFF")
@@ -149,18 +120,14 @@ def commands(kind: Kind) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def server(kind: Kind, home: Path, *options: str) -> Iterator[Server]:
-    """A private server in `home`, from its start until it has stopped.
-
-    Should this process be killed with SIGKILL, the kernel sends the server SIGTERM (--pdeathsig).
-    """
+def server(kind: str, home: Path, *options: str) -> Iterator[Server]:
+    """A private server in `home`, until it has stopped, which --pdeathsig sees to at the latest."""
     install, serve = commands(kind)
-    home.mkdir(mode=0o755)
-    if user := servers_user():
-        shutil.chown(home, user)
-    start = ["setpriv", "--pdeathsig=TERM", *as_user()]
-    # A starting server clears the temporary tables in its own --tmpdir.
-    place, port = [f"--datadir={home / 'data'}", f"--tmpdir={home}"], free_port()
+    home.mkdir()
+    start, port = ["setpriv", "--pdeathsig=TERM"], free_port()
+    # A starting server clears the temporary tables in its own --tmpdir. Root must say that it is.
+    place = [f"--datadir={home / 'data'}", f"--tmpdir={home}"]
+    place += ["--user=root"] if os.geteuid() == 0 else []
     made = subprocess.run([*start, *install, *place], capture_output=True, text=True, check=False)
     if made.returncode:
         raise RuntimeError(made.stdout + made.stderr)
@@ -183,30 +150,21 @@ mariadb = partial(server, "mariadb")
 
 
 class Certificates:
-    """A private CA, and a certificate that it made for one host name."""
+    """A private CA, and a certificate that it made for localhost."""
 
-    def __init__(self, home: Path, host: str = "localhost", **issue: Any) -> None:
-        home.mkdir(mode=0o755)
-        self.ca, cert, key = home / "ca.pem", home / "cert.pem", home / "key.pem"
-        authority = trustme.CA()
-        issued = authority.issue_cert(host, **issue)
+    def __init__(self, home: Path) -> None:
+        home.mkdir()
+        self.ca, own, authority = home / "ca.pem", home / "own.pem", trustme.CA()
         authority.cert_pem.write_to_path(str(self.ca))
-        issued.private_key_pem.write_to_path(str(key))
-        cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
-        if user := servers_user():
-            shutil.chown(key, user)
-        self.server_options = f"--ssl-cert={cert}", f"--ssl-key={key}", f"--ssl-ca={self.ca}"
-
-
-# --- The sandbox ----------------------------------------------------------------------------------
+        issued = authority.issue_cert("localhost")
+        issued.private_key_and_cert_chain_pem.write_to_path(str(own))
+        self.server_options = f"--ssl-cert={own}", f"--ssl-key={own}", f"--ssl-ca={self.ca}"
 
 
 @dataclass
 class Sandbox:
-    """Both servers, running. `environment` leads a purge to them.
-
-    `password` is that of the purge's user; None: it logs in with a token, logged in `token_log`.
-    """
+    """Both servers, running. `password` is that of the purge's user; None: it logs in with a
+    token, logged in `token_log`."""
 
     home: Path
     database: Server
@@ -221,25 +179,21 @@ class Sandbox:
         """What `retention_purge.py` reads; nothing of the caller's own AWS or purge settings."""
         own = ("AWS_", "RETENTION_PURGE_")
         kept = {name: text for name, text in os.environ.items() if not name.startswith(own)}
-        secret = {} if self.password is None else {"RETENTION_PURGE_DB_PASSWORD": self.password}
-        return (
-            kept
-            | secret
-            | {
-                "AWS_ACCESS_KEY_ID": self.credentials["access_key"],
-                "AWS_SECRET_ACCESS_KEY": self.credentials["secret_key"],
-                "AWS_DEFAULT_REGION": REGION,
-                "AWS_ENDPOINT_URL_S3": self.s3_url,
-                "AWS_CONFIG_FILE": os.devnull,
-                "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-                "RETENTION_PURGE_DB_HOST": "localhost",
-                "RETENTION_PURGE_DB_PORT": str(self.database.port),
-                "RETENTION_PURGE_DB_USER": USER,
-                "RETENTION_PURGE_DB_NAME": DATABASE,
-                "RETENTION_PURGE_CA_BUNDLE": str(self.certificates.ca),
-                "RETENTION_PURGE_BUCKET": BUCKET,
-            }
-        )
+        if self.password is not None:
+            kept["RETENTION_PURGE_DB_PASSWORD"] = self.password
+        place = {"HOST": "localhost", "PORT": str(self.database.port)}
+        place |= {"USER": USER, "NAME": DATABASE}
+        kept |= {f"RETENTION_PURGE_DB_{name}": value for name, value in place.items()}
+        return kept | {
+            "AWS_ACCESS_KEY_ID": self.credentials["access_key"],
+            "AWS_SECRET_ACCESS_KEY": self.credentials["secret_key"],
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_ENDPOINT_URL_S3": self.s3_url,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "RETENTION_PURGE_CA_BUNDLE": str(self.certificates.ca),
+            "RETENTION_PURGE_BUCKET": BUCKET,
+        }
 
     def s3(self) -> Any:
         session = boto3.Session(*self.credentials.values(), region_name=REGION)
@@ -249,13 +203,12 @@ class Sandbox:
         self, jobs: Iterable[Job], objects: Iterable[tuple[str, int]], columns: str = COLUMNS
     ) -> None:
         """Make the job table and the bucket hold exactly this."""
-        columns = columns.replace(NOPAD["mariadb"], NOPAD[self.database.kind])
-        with self.database.admin(database=DATABASE) as connection:
-            cursor = connection.cursor()
-            cursor.execute("SET time_zone = '+00:00', sql_mode = ''")  # zero dates are allowed
-            cursor.execute(f"DROP TABLE IF EXISTS {TABLE}")
-            cursor.execute(f"CREATE TABLE {TABLE} {columns}")
-            cursor.executemany(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", list(jobs))
+        columns = columns.replace(*NOPAD) if self.database.kind == "mysql" else columns
+        zero_dates = "SET time_zone = '+00:00', sql_mode = ''"  # are allowed
+        self.sql(f"DROP TABLE IF EXISTS {TABLE}", f"CREATE TABLE {TABLE} {columns}")
+        with self.database.admin(database=DATABASE, init_command=zero_dates) as connection:
+            insert = f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)"
+            connection.cursor().executemany(insert, list(jobs))
         self.backend.buckets.pop(BUCKET, None)
         s3_backends.bucket_accounts.pop(BUCKET, None)
         self.backend.create_bucket(BUCKET, REGION)
@@ -295,94 +248,66 @@ class Sandbox:
 
 def seed() -> tuple[list[Job], list[tuple[str, int]]]:
     """The original system's data: 50 jobs, 48 objects."""
-    jobs, objects = (
-        list(csv.reader((HERE / f"{name}.csv").read_text().splitlines()))[1:]
-        for name in ("jobs", "objects")
-    )
-    return (
-        [(job_id, completed or None, type_, name) for job_id, completed, type_, name in jobs],
-        [(key, int(size)) for key, size in objects],
-    )
+
+    def rows(name: str) -> Iterable[list[str]]:
+        return csv.reader((HERE / name).read_text().splitlines()[1:])
+
+    jobs = [(job, completed or None, kind, name) for job, completed, kind, name in rows("jobs.csv")]
+    return jobs, [(key, int(size)) for key, size in rows("objects.csv")]
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """moto's server; its URL. All of them in one process have the same buckets."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request otherwise
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    try:
-        yield "http://{}:{}".format(*moto.get_host_and_port())
-    finally:
-        moto.stop()
-
-
-@contextmanager
-def token_login(settings: Path) -> Iterator[str]:
-    """A PAM service that asks `check_token.py`; its name."""
-    pam = Path("/etc/pam.d") / f"retention-purge-{settings.parent.name}"
-    checker = f"{sys.executable} {HERE / 'check_token.py'} {settings}"
-    pam.write_text(
-        f"auth required pam_exec.so expose_authtok seteuid quiet {checker}\n"
-        "account required pam_permit.so\n"
-    )
-    try:
-        yield pam.name
-    finally:
-        pam.unlink()
-
-
-@contextmanager
-def sandbox(kind: Kind = "mariadb") -> Iterator[Sandbox]:
-    """Start everything; stop and remove everything, whatever happens.
-
-    The purge's user logs in with a token, which the server has checked by PAM. MySQL cannot, and
-    only root may add a PAM service: otherwise it has a password. Raises LookupError for MySQL if
-    there is none on this machine.
-    """
+def sandbox(kind: str = "mariadb") -> Iterator[Sandbox]:
+    """Start everything; stop and remove everything, whatever happens. The purge's user logs in with
+    a token, which the server has checked by PAM. MySQL cannot, and only root may add a PAM service:
+    otherwise it has a password. Raises LookupError if there is no MySQL on this machine."""
     tokens = kind == "mariadb" and os.geteuid() == 0
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="purge-sandbox-")))
-        home.chmod(0o755)
         settings, log = home / "iam.json", home / "iam.log"
         log.touch()
         keys = {"access_key": "AKIASANDBOX", "secret_key": secrets.token_urlsafe(30)}
-        certificates, options, login = Certificates(home / "tls"), [], f"BY '{PASSWORD}'"
+        certificates, login = Certificates(home / "tls"), f"BY '{PASSWORD}'"
+        options = [*certificates.server_options]
         if tokens:
-            login = f"VIA pam USING '{stack.enter_context(token_login(settings))}'"
-            options = ["--plugin-load-add=auth_pam", "--pam-use-cleartext-plugin=ON"]
-        options += certificates.server_options
+            pam = Path("/etc/pam.d") / f"retention-{home.name}"
+            checker = f"quiet {sys.executable} {HERE / 'check_token.py'} {settings}"
+            asked = f"auth required pam_exec.so expose_authtok seteuid {checker}\n"
+            pam.write_text(f"{asked}account required pam_permit.so\n")
+            stack.callback(pam.unlink)
+            login = f"VIA pam USING '{pam.name}'"
+            options += ["--plugin-load-add=auth_pam", "--pam-use-cleartext-plugin=ON"]
         database = stack.enter_context(server(kind, home / kind, *options))
-        place = {"host": "localhost", "port": database.port, "region": REGION, "log": str(log)}
+        place = {"host": f"localhost:{database.port}", "region": REGION, "log": str(log)}
         settings.write_text(json.dumps(keys | place))
-        with database.admin() as connection, connection.cursor() as cursor:
-            cursor.execute(f"CREATE DATABASE {DATABASE}")
-            cursor.execute(f"CREATE USER {USER}@'%' IDENTIFIED {login} REQUIRE SSL")
-            cursor.execute(f"GRANT SELECT ON {DATABASE}.* TO {USER}@'%'")
-        s3_url = stack.enter_context(s3_server())
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request otherwise
+        moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        moto.start()
+        stack.callback(moto.stop)
+        s3_url = "http://{}:{}".format(*moto.get_host_and_port())
         password = None if tokens else PASSWORD
-        yield Sandbox(home, database, certificates, s3_url, log, keys, password)
+        database.admin().cursor().execute(f"CREATE DATABASE {DATABASE}")
+        box = Sandbox(home, database, certificates, s3_url, log, keys, password)
+        create = f"CREATE USER {USER}@'%' IDENTIFIED {login} REQUIRE SSL"
+        box.sql(create, f"GRANT SELECT ON {DATABASE}.* TO {USER}@'%'")
+        yield box
 
 
 mysql_sandbox = partial(sandbox, "mysql")
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    if sys.argv[1] == "--list":
+    if sys.argv[1:] == ["--list"]:
         objects = boto3.client("s3").list_objects_v2(Bucket=BUCKET).get("Contents", [])
         print(*(f"{item['Size']:>4}  {item['Key']}" for item in objects), sep="\n")
         print(f"{len(objects)} objects")
         return 0
-    # SIGTERM, like Ctrl-C, must unwind the stack that stops the servers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        with sandbox() as box:
-            box.load(*seed())
-            return subprocess.run(sys.argv[1:], env=box.environment, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
+    # These must unwind the stack that stops the servers.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))
+    with sandbox() as box:
+        box.load(*seed())
+        return subprocess.run(sys.argv[1:], env=box.environment, check=False).returncode
 
 
 if __name__ == "__main__":

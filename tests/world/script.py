@@ -18,21 +18,10 @@ ERROR = re.compile(r"^(?:\S+Z )?Error: (.*?)(?: \(run [0-9a-f-]{36}\))?$", re.MU
 CHANGED = """
 import sys; sys.path.insert(0, {folder!r})
 import retention_purge as rp
-for name, value in {constants!r}.items():
-    assert hasattr(rp, name), f"The script has no constant {{name}}."
-    setattr(rp, name, value)
+known = {{*vars(rp)}}
 {patch}
+assert known == {{*vars(rp)}}, "The script has no such constant."
 rp.main()
-"""
-# To sign such a share of the deletes takes so many seconds, as when AWS credentials are refreshed.
-SLOW_SIGNING = """
-import random, time
-from botocore.signers import RequestSigner
-def slow(self, operation, *arguments, sign=RequestSigner.sign, **named):
-    if operation.startswith("Delete") and random.random() < {}:
-        time.sleep({})
-    return sign(self, operation, *arguments, **named)
-RequestSigner.sign = slow
 """
 
 
@@ -80,12 +69,11 @@ def ended(process: Process, seconds: float = 120) -> Result:
 class World:
     """The sandbox, and the purge in it. `settings` are laid over the sandbox's environment.
 
-    `patches` are constants of the script by name, such as {"BATCH": 4}, and SIGN: the share and
-    seconds of SLOW_SIGNING.
+    A `patch` is Python that changes the script, `rp`, before it runs; this one each time.
     """
 
     box: Sandbox
-    patches: dict[str, Any] = field(default_factory=dict)
+    patch: str = ""
     # The tests' tables and buckets are small: the guard on percentages has tests of its own.
     settings: dict[str, str] = field(default_factory=lambda: {"RETENTION_PURGE_MAX_PERCENT": "100"})
     processes: list[Process] = field(default_factory=list)
@@ -96,30 +84,18 @@ class World:
         return {name: value for name, value in merged.items() if value is not None}
 
     def command(self, *arguments: str, patch: str = "") -> list[str]:
-        """What starts the script; `patch` is Python that changes it, `rp`."""
-        constants = dict(self.patches)
-        if "SIGN" in constants:
-            patch += SLOW_SIGNING.format(*constants.pop("SIGN"))
-        code = CHANGED.format(folder=str(SCRIPT.parent), constants=constants, patch=patch)
-        script = ["-c", code] if constants or patch else [str(SCRIPT)]
+        """What starts the script."""
+        patch = f"{self.patch}\n{patch}".strip()
+        code = CHANGED.format(folder=str(SCRIPT.parent), patch=patch)
+        script = ["-c", code] if patch else [str(SCRIPT)]
         # A parent that ignores these (nohup, a background job) must not pass that on.
         return ["env", "--default-signal=HUP,INT,TERM", sys.executable, *script, *arguments]
 
-    def start(
-        self,
-        *arguments: str,
-        stdout: Any = PIPE,
-        stderr: Any = PIPE,
-        patch: str = "",
-        **settings: str | None,
-    ) -> Process:
-        process = subprocess.Popen(
-            self.command(*arguments, patch=patch),
-            env=self.environment(**settings),
-            stdout=stdout,
-            stderr=stderr,
-            text=True,
-        )
+    def start(self, *arguments: str, patch: str = "", **settings: Any) -> Process:
+        """A run; `stdout` and `stderr` go elsewhere on demand."""
+        streams = {name: settings.pop(name, PIPE) for name in ("stdout", "stderr")}
+        command, environment = self.command(*arguments, patch=patch), self.environment(**settings)
+        process = subprocess.Popen(command, env=environment, text=True, **streams)
         self.processes.append(process)
         return process
 
