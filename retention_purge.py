@@ -98,7 +98,7 @@ FIRST_TIMESTAMP = "1970-01-01 00:00:01"
 # itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
 SPARSE, SEEK = 25, 10
 # References whose objects are listed ahead, all objects or theirs alone; of all, pages of a part.
-LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 3
+LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 6
 BLOCK = 1000  # records in a block of a spool file
 SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys are missing
 MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3

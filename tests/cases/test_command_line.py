@@ -1,7 +1,5 @@
-"""Options, environment, wrong usage; and every Python from 3.11 that this machine has.
-
-More slips in variables are in test_slips.
-"""
+"""Options, environment, wrong usage; and every Python from 3.11 that this machine has. More slips
+in variables are in test_slips."""
 
 from __future__ import annotations
 
@@ -9,36 +7,25 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from sysconfig import get_path
 
-import boto3
 import pytest
 from conftest import AS_OF, SCRIPT
 
+WRONG = [
+    "--retention-days 0", "--orphan-grace-days -1", "--max-percent 101", "--workers 0", "surplus",
+    "--as-of yesterday", "--db-table a.b.c", "--db-port 0", "--run-id 1",
+    "--profile no-such-profile", "--manifest /no/where --audit-log /no/./where",
+]  # fmt: skip
+VARIABLES = {"DB_HOST": None, "DB_USER": None, "DB_NAME": None, "BUCKET": None}
+VARIABLES |= {"DRYRUN": "1", "DRY_RUN": ""}
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--retention-days 0",
-        "--orphan-grace-days -1",
-        "--max-percent 101",
-        "--workers 0",
-        "--as-of yesterday",
-        "--db-table a.b.c",
-        "--db-port 0",
-        "--run-id 1",
-        "surplus",
-        "--profile no-such-profile",
-        "--manifest /no/where --audit-log /no/./where",
-    ],
-)
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_usage_is_one_line_and_exit_2(world, arguments):
     result = world.purge(*arguments.split())
     assert (result.code, result.out) == (2, "")
     assert arguments.split()[0] in result.error
-
-
-VARIABLES = dict.fromkeys(["DB_HOST", "DB_USER", "DB_NAME", "BUCKET"])
-VARIABLES |= {"DRYRUN": "1", "DRY_RUN": ""}
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
@@ -54,10 +41,9 @@ def test_options_come_from_the_environment_too(world):
     settings = dict.fromkeys(["ORPHANS", "DRY_RUN", "JSON", "QUIET"], "1")
     settings |= {"AS_OF": "2019-06-03T02:00:00+02:00", "ORPHAN_GRACE_DAYS": "0"}
     result = world.purge(**{f"RETENTION_PURGE_{name}": settings[name] for name in settings})
-    summary = result.summary
-    assert (summary["mode"], summary["cutoff"]) == ("dry-run", "2019-03-05T00:00:00+00:00")
-    assert summary["planned"] == {"expired": 17, "orphan": 3, "bytes": 523, "jobs": 0}
-    assert result.err == ""
+    told = [result.summary[name] for name in ("mode", "cutoff", "planned")]
+    planned = {"expired": 17, "orphan": 3, "bytes": 523, "jobs": 0}
+    assert (told, result.err) == (["dry-run", "2019-03-05T00:00:00+00:00", planned], "")
 
 
 def test_a_time_without_offset_is_utc_and_other_retention_moves_the_cutoff(world):
@@ -65,11 +51,6 @@ def test_a_time_without_offset_is_utc_and_other_retention_moves_the_cutoff(world
     summary = world.purge(*options, TZ="Asia/Tokyo").summary
     assert summary["cutoff"] == "2019-05-04T00:00:00+00:00"
     assert summary["planned"]["expired"] == 22
-
-
-# --- Pythons --------------------------------------------------------------------------------------
-
-PACKAGES = str(Path(boto3.__file__).parents[1])
 
 
 def python(version: str) -> str:
@@ -85,6 +66,6 @@ def python(version: str) -> str:
 def test_it_purges_with_this_python(may_delete, version):
     world = may_delete
     command = [python(version), str(SCRIPT), *AS_OF, "--delete-jobs"]
-    environment = world.environment(PYTHONPATH=PACKAGES, PYTHONDONTWRITEBYTECODE="1")
-    subprocess.run(command, env=environment, check=True)
+    settings = {"PYTHONPATH": get_path("purelib"), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(command, env=world.environment(**settings), check=True)
     assert (len(world.box.live_keys()), len(world.box.job_ids())) == (48 - 17, 50 - 22)

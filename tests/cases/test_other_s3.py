@@ -1,17 +1,14 @@
-"""The same against an S3 server that nobody here wrote: SeaweedFS.
-
-It lists by directory and then by name, so keys have no `/` here: the order of an S3 listing is that
-of the bytes.
-"""
+"""The same against an S3 server that nobody here wrote: SeaweedFS. It lists by directory and then
+by name, S3 by bytes: keys have no `/` here."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 import boto3
 import pytest
@@ -26,15 +23,12 @@ NAMES = ("master.port", "volume.port", "filer.port", "s3.port")
 @pytest.fixture
 def s3(world, tmp_path):
     """A client of such a server, which has the bucket and is where the purge is led."""
-    if WEED is None:
-        pytest.skip("no SeaweedFS for this machine in tests/requirements.txt")
     ports = {name: free_port() for name in (*NAMES, *(f"{name}.grpc" for name in NAMES))}
     command = [WEED, "server", "-s3", "-ip=127.0.0.1", f"-dir={tmp_path}", "-volume.max=20"]
     command += ["-master.volumeSizeLimitMB=16", *(f"-{name}={ports[name]}" for name in ports)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
     url = world.settings["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{ports['s3.port']}"
     client = boto3.Session("any", "any", region_name=REGION).client("s3", endpoint_url=url)
-    process = subprocess.Popen(command, **quiet)
+    process = Popen(command, stdout=DEVNULL, stderr=DEVNULL, cwd=tmp_path)
     try:
         for _ in range(60):
             with suppress(Exception):  # it needs some seconds
@@ -47,6 +41,7 @@ def s3(world, tmp_path):
         process.wait()
 
 
+@pytest.mark.skipif(WEED is None, reason="no SeaweedFS for this machine in requirements.txt")
 def test_what_is_expired_or_an_orphan_goes_once_and_an_undo_brings_it_back(s3, world, tmp_path):
     def keys() -> list[str]:
         return [item["Key"] for item in s3.list_objects_v2(Bucket=BUCKET)["Contents"]]

@@ -1,12 +1,9 @@
 """What a run prints, shows of its progress, and writes as a manifest; and where that fails.
-
-A standard output that nobody takes is in test_faults.
-"""
+A standard output that nobody takes is in test_faults."""
 
 from __future__ import annotations
 
 import csv
-import os
 import re
 import shlex
 import subprocess
@@ -20,26 +17,21 @@ from test_deletes import ODD, PLAIN, expire
 
 import retention_purge as rp
 
-# --- Summary and errors ---------------------------------------------------------------------------
+FACTS = """
+suspended planned 17 expired, 357 bytes deleted 17 expired, 357 bytes retained 0 planned
+failed 0 not attempted 0 planned, but the run stopped missing 0 expired keys
+requests 1 list, 1 delete max recheck age seconds 0.
+exit code 0 Versioning is suspended: objects written since are gone once
+"""
 
 
-def test_the_text_summary_has_a_line_for_each_fact(world):
-    """A dry run's is README's transcript."""
+def test_the_text_summary_has_a_line_for_each_fact_and_quiet_prints_nothing(world):
+    """A dry run's is README's transcript. That -q prints nothing is shown by its cron line."""
     version(world, "Suspended")
+    quiet = world.purge(*AS_OF, "-qn")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     shown = " ".join(world.purge(*AS_OF).out.split())
-    facts = (
-        "suspended planned 17 expired, 357 bytes deleted 17 expired, 357 bytes retained 0 planned"
-    )
-    assert facts in shown
-    assert "failed 0 not attempted 0 planned, but the run stopped missing 0 expired keys" in shown
-    assert "requests 1 list, 1 delete max recheck age seconds 0." in shown
-    assert "exit code 0 Versioning is suspended: objects written since are gone once" in shown
-
-
-def test_quiet_and_success_print_nothing(world):
-    for options in ("-qn", "-q"):
-        result = world.purge(*AS_OF, options)
-        assert (result.code, result.out, result.err) == (0, "", "")
+    assert [fact for fact in FACTS.strip().splitlines() if fact not in shown] == []
 
 
 def test_an_error_is_one_line_with_its_time_and_run_and_stands_in_the_json_object(world):
@@ -49,9 +41,6 @@ def test_an_error_is_one_line_with_its_time_and_run_and_stands_in_the_json_objec
     line = re.escape(f" Error: {summary['error']} (run {summary['run_id']})\n")
     assert re.fullmatch(stamp + line, result.err)
     assert "Traceback" in world.purge("-v", "--db-host", "no-such-host.invalid").err
-
-
-# --- Progress -------------------------------------------------------------------------------------
 
 
 def test_on_a_terminal_each_phase_has_a_progress_bar(world):
@@ -72,37 +61,22 @@ def test_a_cron_log_gets_a_line_a_minute_at_most(monkeypatch, caplog):
     assert re.fullmatch(r"listing: [\d,]+ of 100,000, 240 s left, 333/s", lines[0])
 
 
-# --- Manifest -------------------------------------------------------------------------------------
-
-
-def test_a_c_locale_changes_what_is_printed_and_not_the_manifest_for_s3_batch_operations(
-    world, tmp_path
-):
-    keys = sorted([*ODD, *PLAIN, "a,b", 'c"d'])
+def test_a_c_locale_changes_what_is_printed_and_not_the_batch_manifest(world, tmp_path):
+    """As S3 Batch Operations reads it."""
+    keys, manifest = sorted([*ODD, *PLAIN, "a,b", 'c"d']), tmp_path / "manifest.csv"
     expire(world, keys)
-    options = (*AS_OF, "--manifest", str(tmp_path / "manifest.csv"))
+    options = (*AS_OF, "--manifest", str(manifest))
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     assert world.purge(*options, "-n", **locale).out.count("expired\t") == len(keys)
-    assert os.listdir(tmp_path) == ["manifest.csv"]
-    with (tmp_path / "manifest.csv").open(encoding="ascii", newline="") as file:
-        assert [(bucket, unquote(key)) for bucket, key in csv.reader(file)] == [
-            (BUCKET, key) for key in keys
-        ]
-    assert world.purge(*options, **locale).code == 0
-    assert world.box.live_keys() == []
+    assert [*tmp_path.iterdir()] == [manifest]
+    rows = csv.reader(manifest.read_text(encoding="ascii").splitlines())
+    assert [(bucket, unquote(key)) for bucket, key in rows] == [(BUCKET, key) for key in keys]
+    assert (world.purge(*options, **locale).code, world.box.live_keys()) == (0, [])
 
 
-@pytest.mark.parametrize(
-    ("option", "path", "code"),
-    [
-        ("--manifest", "/no/such/folder/manifest", 1),
-        ("--audit-log", "/", 2),
-        ("--audit-log", "/dev/full", 1),
-    ],
-)
-def test_a_file_that_cannot_be_written_stops_the_run_with_nothing_deleted(
-    world, option, path, code
-):
-    result = world.purge(*AS_OF, option, path)
-    assert (result.code, len(world.box.live_keys())) == (code, 48)
-    assert f"Cannot write the {option.strip('-').replace('-', ' ')}" in result.error
+@pytest.mark.parametrize("case", ["manifest /no/x/y 1", "audit-log / 2", "audit-log /dev/full 1"])
+def test_a_file_that_cannot_be_written_stops_the_run_with_nothing_deleted(world, case):
+    option, path, code = case.split()
+    result = world.purge(*AS_OF, f"--{option}", path)
+    assert (result.code, len(world.box.live_keys())) == (int(code), 48)
+    assert f"Cannot write the {option.replace('-', ' ')}" in result.error

@@ -1,7 +1,5 @@
-"""Ctrl-C, SIGTERM, SIGHUP: what is in flight finishes, every key is accounted for.
-
-kill -9 is in test_undo, and at random moments in test_properties.
-"""
+"""Ctrl-C, SIGTERM, SIGHUP: what is in flight finishes, every key is accounted for. kill -9 is in
+test_undo, and at random moments in test_properties."""
 
 from __future__ import annotations
 
@@ -15,12 +13,9 @@ from proxies import Answer
 from test_recheck import locked_table
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_what_is_in_flight_finishes_and_the_next_run_does_the_rest(
-    world, proxy, tmp_path, signum, code
-):
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_what_is_in_flight_finishes_and_the_next_run_does_the_rest(world, proxy, tmp_path, signum):
+    code = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGTERM: 143}[signum]
     expire(world, 600)
     path, held = tmp_path / "log", Held(proxy, "delete")
     options = (*AS_OF, "--json", "--workers", "2", "--audit-log", str(path))
@@ -36,8 +31,7 @@ def test_what_is_in_flight_finishes_and_the_next_run_does_the_rest(
     assert signal.Signals(signum).name in result.error
     assert events(path)[-1]["event"] == "end"
     assert len(events(path, "delete")) == len(events(path, "deleted")) == deleted
-    assert world.purge(*AS_OF).code == 0
-    assert world.box.live_keys() == []
+    assert (world.purge(*AS_OF).code, world.box.live_keys()) == (0, [])
 
 
 def test_a_second_one_stops_at_once_and_the_next_run_finishes_the_work(world, proxy):

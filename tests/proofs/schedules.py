@@ -19,7 +19,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
-from faults import Answer, Forward, Run, Scene, as_seconds
+from faults import MAX_AGE, Answer, Forward, Run, Scene, as_seconds
 from proxies import Request
 from sandbox import BUCKET, COLUMNS, DATABASE, TABLE, Job, Sandbox
 from script import ended
@@ -190,7 +190,9 @@ class Draw:
         self.patch = dice.choice(["", *4 * [f"{small}; rp.ROWS = {rows}"]])
         self.late = dice.choice([1.2, 2.5, 5]) if dice.random() < 0.2 else 0
         self.slow = not self.late and dice.random() < 0.2
-        self.patch += SLOW_SIGNING.format(LIMIT, dice.choice([0.1, 0.4])) if self.slow else ""
+        self.ailing = "rp.DELETE_TIMEOUT = 1" if self.late else ""
+        if self.slow:
+            self.ailing = SLOW_SIGNING.format(LIMIT, dice.choice([0.1, 0.4]))
         names: list[str] = []
         for _ in range(dice.choice([2, 10, 30, 60, 60])):
             names.append(random_name(dice, names))
@@ -266,8 +268,7 @@ def disturbed(scene: Scene, draw: Draw) -> tuple[History, Run]:
         cursor = connection.cursor()
         cursor.execute("SET time_zone = '+00:00', sql_mode = '', wait_timeout = 60")
         history = History(cursor, draw.jobs)
-        patch = "rp.DELETE_TIMEOUT = 1" if draw.late else ""
-        process = scene.start(*draw.options, patch=patch)
+        process = scene.start(*draw.options, patch=draw.ailing)
         while draw.pause and process.poll() is None and time.monotonic() < end:
             time.sleep(dice.random() * draw.pause)
             act = history.reload if dice.random() < draw.reloads else history.change
@@ -284,7 +285,7 @@ def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
     draw = Draw(seed)
     with Scene(box, draw.patch) as scene:
         draw.load(box)
-        scene.page, scene.limit = draw.page, LIMIT if draw.slow else scene.limit
+        scene.page, scene.limit = draw.page, LIMIT if draw.slow else MAX_AGE
         scene.injected["process", "credentials that took long"] += draw.slow
         history, run = disturbed(scene, draw)
         scene.injected["runs", f"ended with exit code {run.code}"] += 1

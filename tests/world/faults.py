@@ -251,7 +251,7 @@ class Scene(World):
         self.audit = box.home / "audit.jsonl"
         self.audit.write_bytes(b"")
         self.injected: Counter[tuple[str, str]] = Counter()
-        self.faults, self.page, self.signals, self.limit = dict(S3_FAULTS), 1000, 0, MAX_AGE
+        self.faults, self.page, self.signals = dict(S3_FAULTS), 1000, 0
         self.s3, self.db = S3Proxy(box.s3_url), TcpProxy(box.database.port)
         self.s3.before, self.s3.after = self._meet, without_start_after
         self.calm()
@@ -282,9 +282,9 @@ class Scene(World):
     # What breaks.
 
     def calm(self) -> None:
-        """No more faults of S3."""
+        """No more faults of S3, and the script's own limit of a re-check's age."""
         self.choose: Callable[[Request], str | None] = lambda request: None
-        self.latency = 0.0
+        self.latency, self.limit = 0.0, MAX_AGE
 
     def _meet(self, request: Request) -> Answer | None:
         request.logged = self.audit.read_bytes().count(b"\n")
