@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 import retention_purge as rp
 
 PREFIX = "p/"
-Jobs = tuple[int, int] | None  # of a key at its re-check: all, and the expired ones
-EXPIRED, USED, VANISHED = (1, 1), (2, 1), None
+EXPIRED, USED, VANISHED = (1, 1), (2, 1), None  # jobs of a key at its re-check: all, expired
 
 
 class Book(rp.Ledger):
@@ -48,34 +47,26 @@ ERRORS |= {"bug": ZeroDivisionError, "stop": rp.Interrupted}
 MOODS = ["well", "well", "some fail", *ERRORS]
 
 
-@dataclass
 class WaywardBucket:
     """S3's side of `Rounds`: deletes, refuses, forgets, fails, or deletes later, by its mood of the
     moment. What is `late` will be gone after the run, what is `kept` must stay."""
 
-    moods: list[str]
-    book: Book
-    dice: random.Random
-    workers: int
-    kept: set[str]
-    name: str = "b"
-    prefix: str = PREFIX
-    s3_lead: timedelta = timedelta()
-    gone: dict[str, rp.Version] = field(default_factory=dict)  # key -> its delete marker
-    late: set[str] = field(default_factory=set)
-    met: set[str] = field(default_factory=set)  # moods
-    lock: Any = field(default_factory=threading.Lock)
+    prefix, s3_lead, each = PREFIX, timedelta(), map
+
+    def __init__(self, moods: list[str], book: Book, dice: random.Random, kept: set[str]) -> None:
+        self.moods, self.book, self.dice, self.kept = moods, book, dice, kept
+        self.workers, self.lock = dice.randint(1, 4), threading.Lock()
+        self.gone: dict[str, rp.Version] = {}  # key -> its delete marker
+        self.late, self.met = set[str](), set[str]()  # keys; moods
 
     def delete(self, items: list[rp.Candidate], checked: float) -> list[rp.Verdict]:
         with self.lock:
             keys, mood = {item.key for item in items}, self.dice.choice(self.moods)
             assert keys <= {*self.book.keys("delete")} - self.kept, "no intent, or in use"
             self.met.add(mood)
-            if mood == "late":
-                self.late |= keys
-            verdicts = []
-            if mood in ("well", "some fail", "lost after"):
-                verdicts = [self._one(item.key, mood) for item in items]
+            self.late |= keys if mood == "late" else set()
+            acts = mood in ("well", "some fail", "lost after")
+            verdicts = [self._one(item.key, mood) for item in items if acts]
             if mood in ERRORS:
                 raise ERRORS[mood]()
             return verdicts
@@ -88,23 +79,21 @@ class WaywardBucket:
         self.gone[key] = rp.Version(f"marker of {key}", datetime.now(UTC), True, True)
         return rp.Verdict(marker=self.gone[key].version_id)
 
-    def each(self, ask: Any, keys: Iterable[str]) -> Iterator[Any]:
-        return map(ask, keys)
-
     def versions(self, key: str) -> list[rp.Version]:
         return [self.gone[key]] if key in self.gone else []
 
 
 # At a look into the database, where a stop signal would be heeded, at the start of a thread.
-TROUBLES = {"database": rp.PurgeError("gone"), "stop": rp.Interrupted(), "thread": RuntimeError()}
+TROUBLES = {"table": rp.PurgeError("gone"), "stop": rp.Interrupted(), "thread": RuntimeError()}
 
 
 def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any) -> None:
     """In small batches and rounds, without pauses. `comes` raises when a trouble does."""
     stop, start = rp.Stop(), threading.Thread.start
+    stop.check = lambda: comes("stop")
 
     def referenced(names: set[str]) -> dict[str, rp.Reference]:
-        comes("database")
+        comes("table")
         found = {name: answer(PREFIX + name) for name in names}
         return {name: rp.Reference(name, *jobs) for name, jobs in found.items() if jobs}
 
@@ -112,45 +101,34 @@ def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any) ->
         comes("thread")
         start(thread)
 
-    jobs: Any = SimpleNamespace(
-        indexed=indexed, referenced=referenced, ping=lambda: comes("database")
-    )
+    jobs: Any = SimpleNamespace(indexed=indexed, referenced=referenced, ping=lambda: comes("table"))
     sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 900, "FIRST_PAUSE": 0, "LAST_PAUSE": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in sizes.items():
-            patch.setattr(rp, name, value)
-        patch.setattr(rp.log, "disabled", True)
-        patch.setattr(stop, "check", lambda: comes("stop"))
-        patch.setattr(threading.Thread, "start", start_or_not)
+    threads = patch.object(threading.Thread, "start", start_or_not)
+    with patch.multiple(rp, **sizes), patch.object(rp.log, "disabled", True), threads:
         rp.Rounds(bucket, bucket.book, stop, rp.Pace(0), jobs).run(rp.Spool(plan))
 
 
+SOME = st.lists(st.sampled_from(MOODS), min_size=1, max_size=8)
+TROUBLE = st.tuples(st.sampled_from([None, *TROUBLES]), st.integers(0, 20))  # and its moment
+
+
 @settings(max_examples=300, deadline=None)
-@given(
-    count=st.integers(0, 60),
-    seed=st.integers(0, 10**9),
-    moods=st.lists(st.sampled_from(MOODS), min_size=1, max_size=8),
-    workers=st.integers(1, 4),
-    versioning=st.sampled_from(["off", "enabled"]),
-    indexed=st.booleans(),
-    trouble=st.none() | st.sampled_from([*TROUBLES]),
-    moment=st.integers(0, 20),
-)
+@given(st.integers(0, 60), st.integers(0), SOME, st.booleans(), st.booleans(), TROUBLE)
 def test_how_a_key_ends_is_told_exactly_once_be_it_expired_or_an_orphan(
-    count, seed, moods, workers, versioning, indexed, trouble, moment
+    count, seed, moods, versioned, indexed, trouble
 ):
     """While the run works, some keys come into use, some lose their rows."""
     reasons = {f"{PREFIX}{n:03}": ("expired", "orphan")[n % 2] for n in range(count)}
     plan = [rp.Candidate(key, reason, 1, "then") for key, reason in reasons.items()]
     orphans = {key for key, reason in reasons.items() if reason == "orphan"}
     dice, kept, totals = random.Random(seed), set[str](), rp.Totals()
-    before = iter(range(moment))
+    before = iter(range(trouble[1]))
 
     def comes(kind: str) -> None:
-        if kind == trouble and next(before, None) is None:
+        if kind == trouble[0] and next(before, None) is None:
             raise TROUBLES[kind]
 
-    def answer(key: str) -> Jobs:
+    def answer(key: str) -> tuple[int, int] | None:
         right, wrong = (VANISHED, [EXPIRED]) if key in orphans else (EXPIRED, [VANISHED, USED])
         if dice.random() < 0.9:
             return right
@@ -158,10 +136,10 @@ def test_how_a_key_ends_is_told_exactly_once_be_it_expired_or_an_orphan(
         return dice.choice(wrong)
 
     totals.planned.update(Counter(reasons.values()))
-    report = rp.Report(versioning=versioning)
+    report = rp.Report(versioning="enabled" if versioned else "off")
     report.plan(totals)
     book = Book(report)
-    bucket = WaywardBucket(moods, book, random.Random(seed + 1), workers, kept)
+    bucket = WaywardBucket(moods, book, random.Random(seed + 1), kept)
     finished = False
     with suppress(rp.PurgeError, rp.Interrupted, ZeroDivisionError):
         carry_out(plan, bucket, answer, indexed, comes)
@@ -180,7 +158,7 @@ def test_how_a_key_ends_is_told_exactly_once_be_it_expired_or_an_orphan(
     assert {*retained} <= kept <= {*retained, *failed} or not finished
     stops = {"refused", "bug", "stop"} & bucket.met
     assert not (finished and stops)
-    assert finished or stops or trouble
+    assert finished or stops or trouble[0]
     tries = Counter(book.keys("delete"))
     undone = {key for _, key, code in book.events if code in ("SlowDown", "NotSent")}
     assert not undone & bucket.late

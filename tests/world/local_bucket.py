@@ -8,9 +8,8 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import boto3
-import s3_stub
 from botocore.awsrequest import AWSResponse
-from s3_stub import Answer
+from s3_stub import PAGE, Answer, Store, operation
 from urllib3 import HTTPResponse
 
 import retention_purge as rp
@@ -28,7 +27,7 @@ class LocalBucket(rp.Bucket):
     def fill(self, keys: Iterable[str] = (), prefix: str = "", workers: int = 2) -> LocalBucket:
         """Begin anew: making one costs more than most tests."""
         self.name, self.prefix, self.workers = "bucket", prefix, workers
-        self.store = s3_stub.Store(keys)
+        self.store = Store(keys)
         self.after: Callable[[int, Answer], Answer] = lambda number, answer: answer
         self.asked: list[dict[str, str]] = []  # the query of each request
         return self
@@ -41,11 +40,10 @@ class LocalBucket(rp.Bucket):
     def _answer(self, request: Any, **_: Any) -> AWSResponse:
         url = urlsplit(request.url)
         query = dict(parse_qsl(url.query, keep_blank_values=True))
-        # A test may patch PAGE.
-        query["max-keys"] = str(min(int(query.get("max-keys", s3_stub.PAGE)), rp.PAGE))
+        query["max-keys"] = str(min(int(query.get("max-keys", PAGE)), rp.PAGE))  # as patched
         self.asked.append(query)
         number, key, body = len(self.asked), unquote(url.path[1:]), request.body or b""
-        answer = s3_stub.operation(self.store, request.method, "bucket", key, query, body)[1]
+        answer = operation(self.store, request.method, "bucket", key, query, body)[1]
         status, content = self.after(number, answer)
         raw = HTTPResponse(io.BytesIO(content), preload_content=False)
         return AWSResponse(request.url, status, {}, raw)

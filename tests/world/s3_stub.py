@@ -8,19 +8,18 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from html import escape, unescape
 from http.server import BaseHTTPRequestHandler
 from itertools import islice, takewhile
 from typing import Any
 from urllib.parse import parse_qsl, quote_plus, unquote
 
-PLAIN = re.compile(r"\w*", re.ASCII)
+ODD = re.compile(r"\W+", re.ASCII)
 PAGE = 1000  # keys in one answer or one DeleteObjects request (S3 API reference)
-ENTRY = (
-    "<Contents><Key>{}</Key><LastModified>2019-01-02T03:04:05.000Z</LastModified>"
-    "<ETag>&quot;9e3779b97f4a7c159e3779b97f4a7c15&quot;</ETag><Size>{}</Size>"
-    "<StorageClass>STANDARD</StorageClass></Contents>"
-)
+ENTRY = "<Contents><Key>{}</Key><LastModified>2019-01-02T03:04:05.000Z</LastModified>"
+ENTRY += "<ETag>&quot;9e3779b97f4a7c159e3779b97f4a7c15&quot;</ETag><Size>{}</Size>"
+ENTRY += "<StorageClass>STANDARD</StorageClass></Contents>"
 Answer = tuple[int, bytes]
 
 
@@ -48,25 +47,19 @@ def answered(root: str, content: str = "") -> Answer:
 
 def listing(store: Store, bucket: str, query: dict[str, str]) -> Answer:
     """ListObjectsV2. The continuation token is the last key of the page before."""
-
     is_url = query.get("encoding-type") == "url"
-
-    def encode(key: str) -> str:
-        if PLAIN.fullmatch(key):
-            return key
-        return quote_plus(key, safe="/*") if is_url else escape(key)
-
+    spelled = partial(quote_plus, safe="/*") if is_url else escape
+    encode = partial(ODD.sub, lambda odd: spelled(odd[0]))  # most keys have none
     prefix, limit = query.get("prefix", ""), min(int(query.get("max-keys") or PAGE), PAGE)
     after = query.get("continuation-token") or query.get("start-after", "")
     keys, more = store.page(after, prefix, limit)
-    facts = {"Name": bucket, "Prefix": encode(prefix), "KeyCount": str(len(keys))}
-    facts |= {"MaxKeys": str(limit), "IsTruncated": str(more).lower()}
+    facts: dict[str, Any] = {"Name": bucket, "Prefix": encode(prefix), "KeyCount": len(keys)}
+    facts |= {"MaxKeys": limit, "IsTruncated": str(more).lower()}
     for name, spell in ("continuation-token", escape), ("start-after", encode):
         if name in query:
             facts[name.title().replace("-", "")] = spell(query[name])
     facts |= {"EncodingType": "url"} if is_url else {}
-    if more:
-        facts["NextContinuationToken"] = escape(keys[-1])
+    facts |= {"NextContinuationToken": escape((keys or [after])[-1])} if more else {}
     head = [f"<{tag}>{text}</{tag}>" for tag, text in facts.items()]
     entries = [ENTRY.format(encode(key), len(key)) for key in keys]
     return answered("ListBucketResult", "".join(head + entries))
