@@ -1,11 +1,7 @@
-"""Random schedules of tables, buckets, policies, a writer and faults; see schedules.py.
-
-Seeds 1 to 40, or SCHEDULES from SEED on; `tests/proofs/soak.py` plays them by the thousand.
-"""
+"""Random schedules (of schedules.py; soak.py plays them by the thousand), and memory."""
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -13,10 +9,8 @@ from conftest import AS_OF, OLD
 from sandbox import TABLE
 from schedules import run_schedule
 
-FIRST, COUNT = int(os.environ.get("SEED", "1")), int(os.environ.get("SCHEDULES", "40"))
 
-
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+@pytest.mark.parametrize("seed", range(1, 41))
 def test_no_schedule_of_faults_makes_the_purge_delete_too_much_or_lie(box, seed):
     run_schedule(box, seed)
 

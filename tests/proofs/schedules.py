@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 import re
-import signal
 import threading
 import time
 import unicodedata
@@ -17,21 +16,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 from typing import Any, NamedTuple
 
-from faults import MAX_AGE, Answer, Forward, Run, Scene, as_seconds
+from faults import Answer, Forward, Run, Scene
 from proxies import Request
 from sandbox import BUCKET, COLUMNS, DATABASE, TABLE, Job, Sandbox
-from script import ended
+from script import World, ended
 
 AS_OF = ("--as-of", "2019-06-03T00:00:00Z")
 CUTOFF = "2019-03-05 00:00:00"
-# (type, completedAt): one kind of expired job, and what only looks like it.
-EXPIRED = [("TRIAL", "2019-01-01 00:00:00"), ("TRIAL", "2019-03-04 23:59:59")]
+# (completedAt, type): one kind of expired job, and what only looks like it.
+EXPIRED = [("2019-01-01 00:00:00", "TRIAL"), ("2019-03-04 23:59:59", "TRIAL")]
 REMAINING = [
-    ("OFFICIAL", "2019-01-01 00:00:00"), ("OFFICIAL", None), ("TRIAL", None), ("TRIAL", CUTOFF),
-    ("TRIAL", "2019-05-05 00:00:00"), ("TRIAL", "0000-00-00 00:00:00"), (None, "2019-01-01"),
-    ("trial", "2019-01-01"), ("TRIAL ", "2019-01-01"), ("BETA", "2019-01-01"),
+    ("2019-01-01 00:00:00", "OFFICIAL"), (None, "OFFICIAL"), (None, "TRIAL"), (CUTOFF, "TRIAL"),
+    ("2019-05-05 00:00:00", "TRIAL"), ("0000-00-00 00:00:00", "TRIAL"), ("2019-01-01", None),
+    ("2019-01-01", "trial"), ("2019-01-01", "TRIAL "), ("2019-01-01", "BETA"),
 ]  # fmt: skip
 # What XML 1.0 cannot carry, and the carriage return.
 NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -121,10 +121,10 @@ class History:
         """Insert a job, or upgrade or delete one."""
         job_id = dice.choice([*self.jobs])
         what = dice.choice(["insert", "insert", "upgrade", "delete"])
-        _, done, type_, name = self.jobs[job_id]
+        _, done, _, name = self.jobs[job_id]
         if what == "insert" or job_id == "anchor":
-            type_, done = dice.choice(REMAINING if dice.random() < 0.7 else EXPIRED)
-            self.put([(f"w{len(self.ever)}", done, type_, dice.choice(names))])
+            kind = dice.choice(REMAINING if dice.random() < 0.7 else EXPIRED)
+            self.put([(f"w{len(self.ever)}", *kind, dice.choice(names))])
         elif what == "upgrade":
             self.put([(job_id, done, "OFFICIAL", name)])
         else:
@@ -149,10 +149,6 @@ class History:
         """The jobs of that name, in each table that there may have been between these moments."""
         states = [state for state in self.states if state.start <= end and state.end >= start]
         return [[job for job in state.jobs.values() if job[3] == name] for state in states]
-
-    def kinds(self, name: str) -> set[bool]:
-        """Whether the jobs that ever had this name are expired."""
-        return {is_expired(job) for job in self.ever if job[3] == name}
 
 
 # --- The schedule ---------------------------------------------------------------------------------
@@ -197,13 +193,12 @@ class Draw:
         for _ in range(dice.choice([2, 10, 30, 60, 60])):
             names.append(random_name(dice, names))
         self.names = sorted({self._for_moto(name) for name in names})
-        self.jobs: list[Job] = [("anchor", None, "OFFICIAL", "anchor")]
-        self.jobs.append(("empty", *EXPIRED[0][::-1], ""))
+        self.jobs: list[Job] = [("anchor", None, "OFFICIAL", "anchor"), ("empty", *EXPIRED[0], "")]
         self.objects = {prefix + "anchor": 1} | dict.fromkeys(self.names[:5], 30)
         for name in self.names:  # most get jobs, most of these are expired, most have an object
             for _ in range(dice.choice([0, 1, 1, 1, 2, 3])):
-                type_, done = dice.choice(EXPIRED if dice.random() < 0.75 else REMAINING)
-                self.jobs.append((f"j{len(self.jobs)}", done, type_, name))
+                kind = dice.choice(EXPIRED if dice.random() < 0.75 else REMAINING)
+                self.jobs.append((f"j{len(self.jobs)}", *kind, name))
             if dice.random() < 0.85:
                 self.objects[prefix + name] = dice.choice([1, 1, 30])
         self.page = dice.choice([1000, 1 if len(names) < 12 else 10, 10, 25])
@@ -223,8 +218,7 @@ class Draw:
         collation = self.dice.choice(["general_ci", "bin", "unicode_ci"])
         box.load(self.jobs, [], columns.replace("general_ci", collation))
         if self.versioned:
-            status = {"Status": "Enabled"}
-            box.s3().put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration=status)
+            box.backend.put_bucket_versioning(BUCKET, "Enabled")
         for key, days in self.objects.items():
             box.put(key, age=timedelta(days=days))
 
@@ -234,8 +228,7 @@ def break_things(scene: Scene, draw: Draw, timers: list[threading.Timer]) -> Non
     dice, left, where = draw.dice, iter(range(5)), draw.dice.choice(["", "delete"])
     share = dice.choice([0.2, 0.5] if draw.late else [0, 0.2, 0.5])
     actions = [scene.cut, scene.kill, partial(scene.kill, "QUERY"), partial(scene.freeze, 0.4)]
-    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-    actions += [partial(scene.signal, signum) for signum in signals]
+    actions += [partial(scene.signal, signum) for signum in (SIGHUP, SIGINT, SIGTERM, SIGKILL)]
     at: dict[tuple[str, int], Callable[[], None]] = {}
     for action in dice.choices(actions, k=dice.choice([0, 0, 1, 1, 2])):
         what, most = dice.choice([("versioning", 1), ("list", 9), ("delete", 6)])
@@ -249,7 +242,7 @@ def break_things(scene: Scene, draw: Draw, timers: list[threading.Timer]) -> Non
         if action := at.pop((request.operation, request.number), None):
             timers.append(threading.Timer(dice.choice([0, 0.02, 0.2]), action))
             timers[-1].start()
-        kinds = [kind for kind, (places, _) in scene.faults.items() if request.operation in places]
+        kinds = [kind for kind, (places, *_) in scene.faults.items() if request.operation in places]
         meets = request.operation.startswith(where) and dice.random() < share
         if not meets or next(left, None) is None:
             return None
@@ -285,14 +278,12 @@ def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
     draw = Draw(seed)
     with Scene(box, draw.patch) as scene:
         draw.load(box)
-        scene.page, scene.limit = draw.page, LIMIT if draw.slow else MAX_AGE
+        scene.page, scene.limit = draw.page, LIMIT if draw.slow else scene.limit
         scene.injected["process", "credentials that took long"] += draw.slow
         history, run = disturbed(scene, draw)
         scene.injected["runs", f"ended with exit code {run.code}"] += 1
         never_too_much(draw, history, run)
-        if draw.delete_jobs:
-            rows_in_order(scene, draw, history, run)
-        scene.calm()
+        rows_in_order(scene, draw, history, run)
         converges(scene, draw)
         return scene.injected
 
@@ -301,42 +292,37 @@ def run_schedule(box: Sandbox, seed: int) -> Counter[tuple[str, str]]:
 
 
 def never_too_much(draw: Draw, history: History, run: Run) -> None:
-    """No key was to be deleted that a job held on to at its re-check, and none of an expired job
-    whose rows were all away.
+    """No key was to be deleted that a job kept at its re-check, and none of an expired job whose
+    rows were all away.
 
     The re-check took place before the intent was logged, no longer ago than the run admits; where
     requests grow too old after their intent, no longer ago than they may.
     """
     age = run.limit if draw.slow else run.age
     for event in run.all("delete"):
-        key, end, orphan = event["key"], as_seconds(event["time"]), event["reason"] == "orphan"
-        name = key.removeprefix(draw.model.prefix)
-        tables = history.between(name, end - age - 0.01, end)
-        held = all(any(orphan or not is_expired(job) for job in jobs) for jobs in tables)
-        assert not held, f"{key!r} was to be deleted though a job referred to it"
+        key, orphan = event["key"], event["reason"] == "orphan"
         assert key.startswith(draw.model.prefix)
-        if orphan:
-            assert draw.model.is_old_orphan(key, draw.objects[key]), event
-        else:
-            assert True in history.kinds(name), event
-            assert any(tables), f"{key!r} was to be deleted though all its rows were away"
+        assert not orphan or draw.model.is_old_orphan(key, draw.objects[key]), event
+        name = key.removeprefix(draw.model.prefix)
+        tables = history.between(name, event["at"] - age - 0.01, event["at"])
+        free = [not jobs if orphan else jobs and all(map(is_expired, jobs)) for jobs in tables]
+        assert any(free), f"{key!r} was to be deleted though kept by a job, or without its rows"
 
 
 def rows_in_order(scene: Scene, draw: Draw, history: History, run: Run) -> None:
-    """The purge deleted rows only of expired jobs, whose object is gone or kept by another job; and
-    said so in the log before."""
+    """The purge deleted rows only if asked to, of expired jobs whose object was gone or kept by
+    another job; and said so in the log before."""
     intents = run.all("delete-job")
     for job_id in {*history.jobs} - {*scene.box.job_ids()}:
         job = history.jobs[job_id]
         assert is_expired(job), f"row {job} is gone"
         assert job_id in {event["job_id"] for event in intents}, f"{job} is gone without an intent"
-        away = draw.model.prefix + job[3] not in run.after
-        assert away or False in history.kinds(job[3]), f"row {job} is gone, its object is there"
     done = {event["key"]: event["line"] for event in run.all("deleted")}
     for event in intents:
         key, name = event["key"], event["key"].removeprefix(draw.model.prefix)
         gone = key not in run.before or done.get(key, math.inf) < event["line"]
-        assert gone or False in history.kinds(name), f"{event} before its object was gone"
+        kept = any(job[3] == name and not is_expired(job) for job in history.ever)
+        assert gone or kept, f"{event} before its object was gone"
         assert (event["job_id"], name) in {(job[0], job[3]) for job in history.ever}
     assert run.was_killed or run.summary["jobs_deleted"] <= len(intents)
 
@@ -364,14 +350,12 @@ def undo(scene: Scene, draw: Draw) -> None:
     stacked = Counter(item["Key"] for item in versions.get("DeleteMarkers", []))
     twice = [key for key, count in stacked.items() if count > 1]
     assert not twice or scene.injected["S3 delete", LATE], "delete markers are stacked"
-    intents: dict[str, set[str]] = {}
-    for event in scene.events():
-        if event["event"] == "delete":
-            intents.setdefault(event["run_id"], set()).add(event["key"])
-    for run_id, keys in reversed(intents.items()):
+    intents = [event for event in scene.events() if event["event"] == "delete"]
+    for run_id in reversed(dict.fromkeys(event["run_id"] for event in intents)):
+        keys = {event["key"] for event in intents if event["run_id"] == run_id}
         hidden = keys - set(scene.box.live_keys())
-        log = str(scene.audit)
-        summary = ended(scene.start("--undo", log, "--run-id", run_id, *draw.prefix)).summary
+        options = ("--json", "--undo", str(scene.audit), "--run-id", run_id, *draw.prefix)
+        summary = ended(World.start(scene, *options)).summary
         live, told = set(scene.box.live_keys()), summary["restored"]
         assert (summary["exit_code"], told["expired"] + told["orphan"]) == (0, len(hidden & live))
         assert summary["retained"] == len(keys - live), "not restored, and not said so"

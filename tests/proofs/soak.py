@@ -19,25 +19,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "world"))
 import page
-from sandbox import mysql_sandbox, sandbox
+from sandbox import sandbox
 from schedules import run_schedule
 
-SERVERS = {"mariadb": sandbox, "mysql": mysql_sandbox}
+# In each process: its servers are stopped.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def play(server: str, seeds: range) -> tuple[Counter[tuple[str, str]], list[str]]:
+def play(server: str, seeds: range) -> Counter[tuple[str, str]]:
     """In a process of its own: these schedules in one sandbox; what broke, and which failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    injected, failed = Counter[tuple[str, str]](), list[str]()
-    with SERVERS[server]() as box:
+    injected = Counter[tuple[str, str]]()
+    with sandbox(server) as box:
         for seed in seeds:
             try:
                 injected += run_schedule(box, seed)
             except Exception:
-                failed.append(f"{seed} on {server}")
                 alone = f"--schedules 1 --seed {seed} --servers {server}"
+                injected["failed", alone] += 1
                 print(f"\nFAILED; alone: {alone}\n{traceback.format_exc()}", flush=True)
-    return injected, failed
+    return injected
 
 
 def main() -> int:
@@ -49,11 +49,9 @@ def main() -> int:
     asked = parser.parse_args()
     seeds, servers = range(asked.seed, asked.seed + asked.schedules), asked.servers.split(",")
     shares = [(name, seeds[n :: len(servers)]) for n, name in enumerate(servers)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with Pool(len(servers)) as pool:
-        played = pool.starmap(play, shares)
-    injected = sum((counts for counts, _ in played), Counter[tuple[str, str]]())
-    failed = ", ".join(name for _, names in played for name in names)
+        injected = sum(pool.starmap(play, shares), Counter[tuple[str, str]]())
+    failed = ", ".join(alone for place, alone in injected if place == "failed")
     told = ", ".join(f"{len(share):,} on {server}" for server, share in shares)
     lines = [f"{told}; seeds from {asked.seed}; failed: {failed or 'none'}.", ""]
     lines += ["| where | what broke | times |", "|---|---|---|"]

@@ -12,7 +12,7 @@ import random
 import re
 import signal
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
@@ -27,36 +27,24 @@ from sandbox import DATABASE, Sandbox
 from script import ERROR, Process, Result, World, ended
 
 USER, PASSWORD = "faults", "of-the-sandbox"
-MAX_AGE = 30.0  # of a re-check, in seconds
 
 # --- S3 -------------------------------------------------------------------------------------------
 
 Forward = Callable[[Request], Answer]
-Act = Callable[[Request, Forward], Answer]  # answers in S3's place
 
 
-def instead(answer: Answer, effect: bool = False) -> Act:
+def instead(request: Request, forward: Forward, answer: Answer, effect: bool = False) -> Answer:
     """This answer; the request took effect or never reached S3."""
-
-    def act(request: Request, forward: Forward) -> Answer:
-        if effect:
-            forward(request)
-        return answer
-
-    return act
+    if effect:
+        forward(request)
+    return answer
 
 
-def truncated(request: Request, forward: Forward) -> Answer:
-    """Half of the XML, as if that were all."""
+def halved(request: Request, forward: Forward, *headers: tuple[str, str]) -> Answer:
+    """Half of the body, as if that were all, or under headers that promise more."""
     answer = forward(request)
-    return replace(answer, body=answer.body[: len(answer.body) // 2])
-
-
-def cut_short(request: Request, forward: Forward) -> Answer:
-    """Half of the body, then the connection closes."""
-    half = truncated(request, forward)
-    whole = {"Content-Length": str(2 * len(half.body) + 2), "Connection": "close"}
-    return replace(half, headers=half.headers | whole)
+    body = answer.body[: len(answer.body) // 2]
+    return replace(answer, body=body, headers=answer.headers | dict(headers))
 
 
 def keys_of(request: Request) -> list[str]:
@@ -73,8 +61,6 @@ def edited(body: bytes, tag: bytes, change: Callable[[list[bytes]], list[bytes]]
     return re.sub(whole, lambda all_: b"".join(change(re.findall(each, all_[0]))), body)
 
 
-# Headers that tell of the body.
-CHECKED = re.compile("content-length|content-md5|x-amz-checksum", re.IGNORECASE)
 REFUSED = b"<Error><Key>%b</Key><Code>%b</Code><Message>injected</Message></Error>"
 NOTHING = b"<DeleteResult></DeleteResult>"
 
@@ -83,49 +69,41 @@ def but_every_third(entries: list[bytes]) -> list[bytes]:
     return [entry for place, entry in enumerate(entries) if place % 3]
 
 
-def for_some_keys(code: str = "", effect: bool = False) -> Act:
+def for_some_keys(request: Request, forward: Forward, code: bytes, effect: bool = False) -> Answer:
     """A 200 in which every third key has this error, or is not mentioned. Without an effect S3 is
     not asked to delete these keys."""
-
-    def act(request: Request, forward: Forward) -> Answer:
-        keys = re.findall(rb"(?s)<Key>(.*?)</Key>", request.body)
-        if not effect:
-            headers = {k: v for k, v in request.headers.items() if not CHECKED.match(k)}
-            body = edited(request.body, b"Object", but_every_third)
-            request = replace(request, body=body, headers=headers)
-        answer = forward(request) if effect or len(keys) > 1 else Answer(200, NOTHING)
-        body = edited(answer.body, b"Deleted", but_every_third) if effect else answer.body
-        told = b"".join(REFUSED % (key, code.encode()) for key in keys[::3] if code)
-        return replace(answer, body=body.replace(b"</DeleteResult>", told + b"</DeleteResult>"))
-
-    return act
-
-
-def without_start_after(_: Request, answer: Answer) -> Answer:
-    """moto echoes it as it came, though XML may not carry it."""
-    return replace(answer, body=re.sub(rb"(?s)<StartAfter>.*?</StartAfter>", b"", answer.body))
+    keys = re.findall(rb"(?s)<Key>(.*?)</Key>", request.body)
+    if not effect:  # no headers: they tell of the body
+        body = edited(request.body, b"Object", but_every_third)
+        request = replace(request, body=body, headers={})
+    answer = forward(request) if effect or len(keys) > 1 else Answer(200, NOTHING)
+    body = edited(answer.body, b"Deleted", but_every_third) if effect else answer.body
+    told = b"".join(REFUSED % (key, code) for key in keys[::3] if code)
+    return replace(answer, body=body.replace(b"</DeleteResult>", told + b"</DeleteResult>"))
 
 
 ANSWERED = ("versioning", "list", "delete", "other")  # by XML; other: the list of versions
-ALL = (*ANSWERED, "delete-one")
+ALL, DELETE = (*ANSWERED, "delete-one"), ("delete",)
+CLOSED = ("Content-Length", "1000000"), ("Connection", "close")  # in mid-body
 
-S3_FAULTS: dict[str, tuple[tuple[str, ...], Act]] = {  # where it can happen, and what it does
-    "500 InternalError": (ALL, instead(Answer(500, b"<Error><Code>InternalError</Code></Error>"))),
-    "503 SlowDown": (ALL, instead(Answer(503, b"<Error><Code>SlowDown</Code></Error>"))),
-    "connection lost before the request took effect": (ALL, instead(DROP)),
-    "connection lost after the request took effect": (ALL, instead(DROP, effect=True)),
-    "200 without a body": (ANSWERED, instead(Answer(200))),
-    "200 with HTML": (ALL, instead(Answer(200, b"<html>Please sign in</html>"))),
-    "200 with truncated XML": (ANSWERED, truncated),
-    "connection closed in mid-body": (ANSWERED, cut_short),
-    "204 without effect": (ANSWERED, instead(Answer(204))),
-    "204 after the request took effect": (("delete",), instead(Answer(204), effect=True)),
-    "InternalError for some keys": (("delete",), for_some_keys("InternalError")),
-    "InternalError for some keys, yet deleted": (("delete",), for_some_keys("InternalError", True)),
-    "SlowDown for some keys": (("delete",), for_some_keys("SlowDown")),
-    "AccessDenied for some keys": (("delete",), for_some_keys("AccessDenied")),
-    "keys missing from the answer": (("delete",), for_some_keys()),
-    "keys missing from the answer, yet deleted": (("delete",), for_some_keys(effect=True)),
+# Where it can happen; what answers in S3's place, and the rest of its arguments.
+S3_FAULTS: dict[str, tuple[Any, ...]] = {
+    "500 InternalError": (ALL, instead, Answer(500, b"<Error><Code>InternalError</Code></Error>")),
+    "503 SlowDown": (ALL, instead, Answer(503, b"<Error><Code>SlowDown</Code></Error>")),
+    "connection lost before the request took effect": (ALL, instead, DROP),
+    "connection lost after the request took effect": (ALL, instead, DROP, True),
+    "200 without a body": (ANSWERED, instead, Answer(200)),
+    "200 with HTML": (ALL, instead, Answer(200, b"<html>Please sign in</html>")),
+    "200 with truncated XML": (ANSWERED, halved),
+    "connection closed in mid-body": (ANSWERED, halved, *CLOSED),
+    "204 without effect": (ANSWERED, instead, Answer(204)),
+    "204 after the request took effect": (DELETE, instead, Answer(204), True),
+    "InternalError for some keys": (DELETE, for_some_keys, b"InternalError"),
+    "InternalError for some keys, yet deleted": (DELETE, for_some_keys, b"InternalError", True),
+    "SlowDown for some keys": (DELETE, for_some_keys, b"SlowDown"),
+    "AccessDenied for some keys": (DELETE, for_some_keys, b"AccessDenied"),
+    "keys missing from the answer": (DELETE, for_some_keys, b""),
+    "keys missing from the answer, yet deleted": (DELETE, for_some_keys, b"", True),
 }
 
 
@@ -138,7 +116,7 @@ class Run(Result):
 
     before: set[str] = field(repr=False)
     after: set[str] = field(repr=False)
-    events: list[dict[str, Any]] = field(repr=False)  # this run's in the log, each with its `line`
+    events: list[dict[str, Any]] = field(repr=False)  # this run's in the log, as `Scene.events`
     requests: list[Request] = field(repr=False)  # its deletes
     signals: int  # that it was sent
     limit: float  # seconds: no request leaves with an older re-check
@@ -173,12 +151,7 @@ class Run(Result):
 
     def counted(self, name: str) -> int:
         """`planned` or `deleted`, of any reason."""
-        tally = self.summary[name]
-        return int(tally["expired"] + tally["orphan"])
-
-
-def as_seconds(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()
+        return sum(self.summary[name][reason] for reason in ("expired", "orphan"))
 
 
 def verify(run: Run) -> None:
@@ -203,15 +176,12 @@ def verify(run: Run) -> None:
 def asked_in_order(run: Run) -> None:
     """Each key that S3 was asked to delete stood in the log by then, and its re-check was as young
     as the run says (a second is for the request's way)."""
-    intents = defaultdict[str, list[dict[str, Any]]](list)
-    for event in run.all("delete"):
-        intents[event["key"]].append(event)
+    intents = run.all("delete")
     for request in run.requests:
+        known = {each["key"]: each["at"] for each in intents if each["line"] < request.logged}
         for key in keys_of(request):
-            known = [event for event in intents[key] if event["line"] < request.logged]
-            assert known, f"{key!r} was asked for without an intent on disk"
-            age = request.at - as_seconds(known[-1]["time"])
-            assert age < run.age + 1, "a request came later than its age says"
+            assert key in known, f"{key!r} was asked for without an intent on disk"
+            assert request.at - known[key] < run.age + 1, "it came later than its age says"
 
 
 def adds_up(run: Run, summary: dict[str, Any]) -> None:
@@ -253,21 +223,17 @@ class Scene(World):
         self.injected: Counter[tuple[str, str]] = Counter()
         self.faults, self.page, self.signals = dict(S3_FAULTS), 1000, 0
         self.s3, self.db = S3Proxy(box.s3_url), TcpProxy(box.database.port)
-        self.s3.before, self.s3.after = self._meet, without_start_after
+        self.s3.before = self._meet
+        # moto echoes it as it came, though XML may not carry it.
+        self.s3.after = lambda _, a: replace(a, body=edited(a.body, b"StartAfter", lambda _: []))
         self.calm()
-        self.settings |= {
-            "AWS_ENDPOINT_URL_S3": self.s3.url,
-            "RETENTION_PURGE_DB_PORT": str(self.db.port),
-            "RETENTION_PURGE_DB_USER": USER,
-            "RETENTION_PURGE_DB_PASSWORD": PASSWORD,
-        }
+        login = {"PORT": str(self.db.port), "USER": USER, "PASSWORD": PASSWORD}
+        self.settings |= {f"RETENTION_PURGE_DB_{name}": value for name, value in login.items()}
+        self.settings["AWS_ENDPOINT_URL_S3"] = self.s3.url
 
     def __enter__(self) -> Self:
-        self.s3.__enter__()
-        self.db.__enter__()
         self.box.sql(
-            f"DROP USER IF EXISTS {USER}@'%'",
-            f"CREATE USER {USER}@'%' IDENTIFIED BY '{PASSWORD}' REQUIRE SSL",
+            f"CREATE USER IF NOT EXISTS {USER}@'%' IDENTIFIED BY '{PASSWORD}' REQUIRE SSL",
             f"GRANT SELECT, DELETE ON {DATABASE}.* TO {USER}@'%'",
             "SET GLOBAL wait_timeout = 1",  # the session's own is longer
         )
@@ -282,9 +248,9 @@ class Scene(World):
     # What breaks.
 
     def calm(self) -> None:
-        """No more faults of S3, and the script's own limit of a re-check's age."""
+        """No more faults of S3, and re-checks of the script's own age at most."""
         self.choose: Callable[[Request], str | None] = lambda request: None
-        self.latency, self.limit = 0.0, MAX_AGE
+        self.latency, self.limit = 0.0, 30.0
 
     def _meet(self, request: Request) -> Answer | None:
         request.logged = self.audit.read_bytes().count(b"\n")
@@ -296,7 +262,8 @@ class Scene(World):
         if kind is None:
             return None
         self.injected["S3 " + request.operation, kind] += 1
-        return self.faults[kind][1](request, self.s3.forward)
+        _, act, *more = self.faults[kind]
+        return act(request, self.s3.forward, *more)
 
     def cut(self) -> None:
         """The database's connections, on the wire."""
@@ -330,11 +297,10 @@ class Scene(World):
     # What is run.
 
     def start(self, *arguments: str, **settings: Any) -> Process:
-        """A run that answers in JSON; with an audit log, but for an undo."""
-        log = [] if "--undo" in arguments else ["--audit-log", str(self.audit)]
+        """A run with an audit log that answers in JSON."""
         self._before, self._logged = set(self.box.live_keys()), self.audit.read_bytes().count(b"\n")
         self._asked, self.signals = len(self.s3.requests), 0
-        return super().start("--json", *log, *arguments, **settings)
+        return super().start("--json", "--audit-log", str(self.audit), *arguments, **settings)
 
     def finish(self) -> Run:
         """Wait for the run; what it left, verified."""
@@ -352,15 +318,19 @@ class Scene(World):
 
     def converges(self, *arguments: str) -> Run:
         """Without faults a run finishes the work, and the next finds nothing to do; the first."""
+        self.calm()
         run, again = self.purge(*arguments), self.purge(*arguments)
         assert (run.code, again.code) == (0, 0), (run, again)
         assert (again.counted("planned"), again.summary["jobs_deleted"]) == (0, 0)
         return run
 
     def events(self, start: int = 0) -> list[dict[str, Any]]:
-        """The events from that line of the audit log on; a cut line is skipped."""
+        """The events from that line of the audit log on, each with its `line` and the Unix time
+        that it came `at`; a cut line is skipped."""
         found = []
         for number, line in enumerate(self.audit.read_bytes().splitlines()):
             with suppress(ValueError):
-                found.append(json.loads(line) | {"line": number})
+                event = json.loads(line)
+                at = datetime.fromisoformat(event["time"]).timestamp()
+                found.append(event | {"line": number, "at": at})
         return [event for event in found if event["line"] >= start]

@@ -17,21 +17,22 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler
 from socketserver import BaseRequestHandler, ThreadingTCPServer
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 LOCAL = "127.0.0.1"
 
 
 class LocalServer(ThreadingTCPServer):
-    """Serves at a port of its own, within `with`."""
+    """Serves at a port of its own, until the end of `with`."""
 
     daemon_threads = True
     request_queue_size = 100
 
-    def __enter__(self) -> Self:
+    def __init__(self, handler: type[BaseRequestHandler]) -> None:
+        super().__init__((LOCAL, 0), handler)
+        self.port: int = self.server_address[1]
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
@@ -50,16 +51,11 @@ class TcpProxy(LocalServer):
     """
 
     def __init__(self, port: int) -> None:
-        super().__init__((LOCAL, 0), BaseRequestHandler)
-        self.port: int = self.server_address[1]
+        super().__init__(BaseRequestHandler)
         self._target = port
         self.sent, self.received = bytearray(), 0
         self.on_received: Callable[[int], None] = lambda total: None
         self._ends: list[socket.socket] = []
-
-    def __exit__(self, *_: object) -> None:
-        self.cut()
-        super().__exit__()
 
     def cut(self) -> None:
         """Break every connection that is open now."""
@@ -74,8 +70,7 @@ class TcpProxy(LocalServer):
             self._ends += client, server
             while True:
                 for source in select.select([client, server], [], [])[0]:
-                    data = source.recv(65536)
-                    if not data:
+                    if not (data := source.recv(65536)):
                         return
                     if source is client:
                         self.sent += data
@@ -160,8 +155,8 @@ class S3Proxy(LocalServer):
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__((LOCAL, 0), Handler)
-        self.url = f"http://{LOCAL}:{self.server_address[1]}"
+        super().__init__(Handler)
+        self.url = f"http://{LOCAL}:{self.port}"
         self._target = urlsplit(url).netloc
         self.before: Callable[[Request], Answer | None] = lambda request: None
         self.after: Callable[[Request, Answer], Answer] = lambda request, answer: answer
@@ -173,8 +168,7 @@ class S3Proxy(LocalServer):
             self.requests.append(request)
             request.number = self.count(request.operation)
         try:
-            early = self.before(request)
-            return early if early is not None else self.forward(request)
+            return self.before(request) or self.forward(request)
         finally:
             request.done = True
 

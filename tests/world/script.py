@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import PIPE, Popen
 from typing import Any
 
 from sandbox import Sandbox
@@ -52,11 +51,10 @@ class Result:
         """The one line that tells what went wrong; in a log it has a time and the run's id."""
         assert "Traceback" not in self.err
         (message,) = ERROR.findall(self.err)
-        assert isinstance(message, str)
-        return message
+        return str(message)
 
 
-Process = subprocess.Popen[str]
+Process = Popen[str]
 
 
 def ended(process: Process, seconds: float = 120) -> Result:
@@ -91,16 +89,14 @@ class World:
         # A parent that ignores these (nohup, a background job) must not pass that on.
         return ["env", "--default-signal=HUP,INT,TERM", sys.executable, *script, *arguments]
 
-    def start(self, *arguments: str, patch: str = "", **settings: Any) -> Process:
-        """A run; `stdout` and `stderr` go elsewhere on demand."""
-        streams = {name: settings.pop(name, PIPE) for name in ("stdout", "stderr")}
+    def start(self, *arguments: str, patch: str = "", **settings: str | None) -> Process:
         command, environment = self.command(*arguments, patch=patch), self.environment(**settings)
-        process = subprocess.Popen(command, env=environment, text=True, **streams)
+        process = Popen(command, env=environment, text=True, stdout=PIPE, stderr=PIPE)
         self.processes.append(process)
         return process
 
-    def purge(self, *arguments: str, patch: str = "", **settings: str | None) -> Result:
-        return ended(self.start(*arguments, patch=patch, **settings))
+    def purge(self, *arguments: str, **settings: Any) -> Result:
+        return ended(self.start(*arguments, **settings))
 
     def stop(self) -> None:
         for process in self.processes:
