@@ -1,8 +1,6 @@
 """Fixtures: one sandbox for the whole session, and the purge as a real process in it. A module
 whose own `box` returns `mysql_box` runs all that is built on `box` there (see test_mysql.py)."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import time
@@ -69,19 +67,18 @@ class Held:
     """Keeps S3 from answering the first request of an operation, until it is released."""
 
     def __init__(self, proxy: S3Proxy, operation: str) -> None:
-        entered, released = Event(), Event()
-        self.release = released.set
+        self.operation, self.entered, self.released = operation, Event(), Event()
+        self.release = self.released.set
+        proxy.before = self.hold
 
-        def hold(request: Request) -> None:
-            if request.operation == operation:
-                entered.set()
-                released.wait(60)
+    def hold(self, request: Request) -> None:
+        if request.operation == self.operation:
+            self.entered.set()
+            self.released.wait(60)
 
-        def wait() -> None:
-            assert entered.wait(60)
-
-        proxy.before = hold
-        self.wait = wait  # until the request is there
+    def wait(self) -> None:
+        """Until the request is there."""
+        assert self.entered.wait(60)
 
 
 @pytest.fixture(scope="session")

@@ -6,28 +6,19 @@ pinned, with the hash of the file that pip chooses (a wheel for every platform).
 takes the newest versions, but for those that are named.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 
 DIRECT = ("boto3", "click", "PyMySQL")
-
-
-def main() -> None:
-    command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    command += ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--report", "-"]
-    report = subprocess.run([*command, *DIRECT, *sys.argv[1:]], check=True, stdout=subprocess.PIPE)
-    lines = {
-        item["metadata"]["name"]: f"{item['metadata']['name']}=={item['metadata']['version']} "
-        f"--hash=sha256:{item['download_info']['archive_info']['hashes']['sha256']}"
-        for item in json.loads(report.stdout)["install"]
-    }
-    print("# Every package that is installed, the three that the script imports first.")
-    print("# To renew: .venv/bin/python tests/requirements.py >requirements.txt")
-    print(*map(lines.pop, DIRECT), *sorted(lines.values(), key=str.lower), sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+command += ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--report", "-"]
+report = subprocess.check_output([*command, *DIRECT, *sys.argv[1:]])
+lines = {
+    item["metadata"]["name"]: f"{item['metadata']['name']}=={item['metadata']['version']} "
+    f"--hash=sha256:{item['download_info']['archive_info']['hashes']['sha256']}"
+    for item in json.loads(report)["install"]
+}
+print("# Every package that is installed, the three that the script imports first.")
+print("# To renew: .venv/bin/python tests/requirements.py >requirements.txt")
+print(*map(lines.pop, DIRECT), *sorted(lines.values(), key=str.lower), sep="\n")

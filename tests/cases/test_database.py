@@ -8,21 +8,15 @@ from typing import Any
 
 import pytest
 from conftest import AS_OF, EVERYTHING, OLD, SCRIPT, World
-from proxies import Request, TcpProxy
+from proxies import TcpProxy
 from sandbox import DATABASE, TABLE, USER, Certificates, mariadb
+from test_job_rows import during, open_change
 
 CUTOFF = "2019-03-05 00:00:00"  # 90 days before AS_OF
 JUST_BEFORE = "2019-03-04 23:59:59"
-TABLES = {
-    "general_ci": "varchar(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci",
-    "bin": "varchar(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
-    "nopad": "varchar(64) CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_520_nopad_ci",
-    "utf8mb3": "varchar(64) CHARACTER SET utf8mb3 COLLATE utf8mb3_general_ci",
-    "latin1": "varchar(64) CHARACTER SET latin1 COLLATE latin1_german1_ci",
-}
 
 
-def load(world: World, jobs: Any, column: str = TABLES["general_ci"]) -> None:
+def load(world: World, jobs: Any, column: str = "varchar(64) COLLATE utf8mb4_general_ci") -> None:
     """Jobs as (type, completedAt, sourceData), in such a column, and an object for each key."""
     rows: Any = [(f"job{n}", done, type_, key) for n, (type_, done, key) in enumerate(jobs)]
     columns = f"completedAt timestamp NULL, type varchar(12), sourceData {column}"
@@ -46,41 +40,30 @@ def deleted(world: World, *options: str, retained: int = 0) -> set[str]:
 SPELLINGS = ["abc", "ABC", "Abc", "abc ", "abc  ", "àbc", "a", "straße", "strasse", "Straße"]
 SPELLINGS += ["it's", "a\\b", 'a"b', "%", "a%", "_", "~", "?", "\ud7ff", "\ue000", "日本", "≒"]
 SPELLINGS += ["жук", "ゃ", "や", "😀", "x" * 64, "`", "\x01", "a\\'"]
-# These are no job's.
-STRANGERS = ["aBC", "abC ", "ÀBC", "STRASSE", "??", "ЖУК", "ヤ", "😁", "y" * 64, "y" * 65]
-
-
-def spellable(name: str, table: str) -> bool:
-    """Whether a row of that table can hold the name."""
-    try:
-        name.encode("cp1252" if table == "latin1" else "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return len(name) <= 64 and (table != "utf8mb3" or max(name) <= "\uffff")
+ORPHANS = ["aBC", "abC ", "ÀBC", "STRASSE", "??", "ЖУК", "ヤ", "😁", "y" * 64, "y" * 65]
+COLLATIONS = ["utf8mb4_general_ci", "utf8mb4_bin", "utf8mb4_unicode_520_nopad_ci"]
+COLLATIONS += ["utf8mb3_general_ci", "latin1_german1_ci"]
+# The highest of these characters that a column of the character set can hold.
+HIGHEST = {"utf8mb4": "\U0010ffff", "utf8mb3": "\uffff", "latin1": "\xff"}
 
 
 @pytest.mark.parametrize("index", ["", ", KEY (sourceData)"], ids=["scan", "index"])
-@pytest.mark.parametrize("table", TABLES)
-def test_keys_that_only_a_collation_equates_are_different(world, proxy, table, index):
+@pytest.mark.parametrize("collation", COLLATIONS)
+def test_keys_that_only_a_collation_equates_are_different(world, proxy, collation, index):
     """A third of the names has a remaining job, a third gets one after the plan, as do orphans. An
     orphan stays whose name the column cannot hold: a job's would stand there mangled, or cut."""
-    names = [name for name in SPELLINGS if spellable(name, table)]
-    orphans = [name for name in STRANGERS if spellable(name, table)]
+    highest = HIGHEST[collation.partition("_")[0]]
+    names = [name for name in SPELLINGS if max(name) <= highest]
+    orphans = [name for name in ORPHANS if max(name) <= highest and len(name) <= 64]
     kept, late = names[1::3], [*names[2::3], *orphans[::2]]
     jobs = [("TRIAL", OLD, name) for name in names] + [("OFFICIAL", OLD, name) for name in kept]
-    load(world, jobs, TABLES[table] + index)
-    for name in STRANGERS:
+    load(world, jobs, f"varchar(64) COLLATE {collation}{index}")
+    for name in ORPHANS:
         world.box.put(name, age=timedelta(days=30))
-
-    def before(request: Request) -> None:
-        if request.operation == "list" and proxy.count("list") == 1:
-            with world.box.database.admin(database=DATABASE) as connection:
-                rows = [(f"late{n}", name) for n, name in enumerate(late)]
-                sql = f"INSERT INTO {TABLE} VALUES (%s, NULL, 'TRIAL', %s)"
-                connection.cursor().executemany(sql, rows)
-
-    proxy.before = before
-    gone = deleted(world, "--orphans", retained=len(late))
+    rows = [(f"late{n}", name) for n, name in enumerate(late)]
+    with open_change(world, f"INSERT INTO {TABLE} VALUES (%s, NULL, 'TRIAL', %s)", rows) as other:
+        during(proxy, "list", other.commit)
+        gone = deleted(world, "--orphans", retained=len(late))
     assert gone == {*names, *orphans} - {*kept, *late}
 
 
@@ -117,42 +100,34 @@ def test_a_setting_of_the_server_decides_nothing(world, name, value):
     gone = ["gone", "a'\\b", f"{long}a"]
     jobs = [*(("TRIAL", JUST_BEFORE, key) for key in gone), ("TRIAL", CUTOFF, "kept")]
     load(world, [*jobs, ("OFFICIAL", OLD, f"{long}b")], "char(64) CHARACTER SET utf8mb4")
-    ((before,),) = world.box.sql(f"SELECT @@GLOBAL.{name}")
     world.box.sql(f"SET GLOBAL {name} = {value!r}")
     try:
         assert deleted(world, "--orphans") == {*gone}
     finally:
-        world.box.sql(f"SET GLOBAL {name} = {before!r}")
+        world.box.sql(f"SET GLOBAL {name} = DEFAULT")
 
 
 def test_a_row_deleted_by_a_transaction_that_is_still_open_is_still_there(world):
     level = "SET GLOBAL TRANSACTION ISOLATION LEVEL"
-    with world.box.database.admin() as connection, connection.cursor() as cursor:
-        cursor.execute(f"{level} READ UNCOMMITTED")
-        cursor.execute("BEGIN")
-        cursor.execute(f"DELETE FROM {DATABASE}.{TABLE} WHERE type = 'OFFICIAL'")
-        try:
+    world.box.sql(f"{level} READ UNCOMMITTED")
+    try:
+        with open_change(world, f"DELETE FROM {TABLE} WHERE type = 'OFFICIAL'"):
             assert len(deleted(world, *EVERYTHING)) == 20
-        finally:
-            cursor.execute("ROLLBACK")
-            cursor.execute(f"{level} REPEATABLE READ")
+    finally:
+        world.box.sql(f"{level} REPEATABLE READ")
 
 
 def test_a_table_elsewhere_may_be_called_awkwardly_and_have_more_columns(world):
-    table = "`old``jobs`.`a %s b`"
-    world.box.sql(
-        "DROP DATABASE IF EXISTS `old``jobs`",
-        "CREATE DATABASE `old``jobs`",
-        f"GRANT SELECT ON `old``jobs`.* TO {USER}@'%'",
-        f"CREATE TABLE {table} (name int) SELECT * FROM {TABLE}",  # no key is called so
-    )
+    old = "`old``jobs`"
+    copy = f"CREATE TABLE {old}.`a %s b` (name int) SELECT * FROM {TABLE}"  # no key is called so
+    world.box.sql(f"DROP DATABASE IF EXISTS {old}", f"CREATE DATABASE {old}", copy)
+    world.box.sql(f"GRANT SELECT ON {old}.* TO {USER}@'%'")
     assert len(deleted(world, "--db-table", "old`jobs.a %s b")) == 17
 
 
 # --- Login ----------------------------------------------------------------------------------------
 
 TOKEN = {"RETENTION_PURGE_DB_PASSWORD": None}
-PASSWORD = {"RETENTION_PURGE_DB_PASSWORD": "s3cret-passw0rd"}
 
 
 def test_a_login_that_fails_is_explained(world):
@@ -165,12 +140,10 @@ def test_a_login_that_fails_is_explained(world):
 
 def test_a_server_without_tls_of_another_ca_or_for_another_host_gets_no_secret(world, tmp_path):
     with mariadb(world.box.home / "plain", "--skip-ssl") as server, TcpProxy(server.port) as wire:
-        others = [
-            ("--db-port", str(wire.port), "offers no TLS"),
-            ("--ca-bundle", str(Certificates(tmp_path / "tls").ca), "certificate was not accepted"),
-            ("--db-host", "127.0.0.1", "certificate is not valid for '127.0.0.1'"),
-        ]
-        for secret in TOKEN, PASSWORD:
+        others = [("--db-port", str(wire.port), "offers no TLS")]
+        others += [("--ca-bundle", str(Certificates(tmp_path / "tls").ca), "was not accepted")]
+        others += [("--db-host", "127.0.0.1", "certificate is not valid for '127.0.0.1'")]
+        for secret in TOKEN, dict.fromkeys(TOKEN, "s3cret-passw0rd"):
             before = len(world.box.token_attempts())
             for option, value, cause in others:
                 error = world.purge(*AS_OF, option, value, **secret).error
@@ -184,11 +157,9 @@ def test_a_server_without_tls_of_another_ca_or_for_another_host_gets_no_secret(w
 
 
 def test_a_password_without_a_ca_bundle_is_for_loopback_only(world):
-    world.box.sql(
-        "DROP USER IF EXISTS local@'%'",
-        "CREATE USER local@'%' IDENTIFIED BY 'pässword'",
-        f"GRANT SELECT ON {DATABASE}.* TO local@'%'",
-    )
+    create = "CREATE USER local@'%' IDENTIFIED BY 'pässword'"
+    grant = f"GRANT SELECT ON {DATABASE}.* TO local@'%'"
+    world.box.sql("DROP USER IF EXISTS local@'%'", create, grant)
     login = {"RETENTION_PURGE_DB_PASSWORD": "pässword", "RETENTION_PURGE_CA_BUNDLE": None}
     for host, code in ("localhost", 0), ("10.0.0.1", 2), ("localhost.example.com", 2):
         result = world.purge(*AS_OF, "--db-user", "local", "--db-host", host, **login)
@@ -196,11 +167,8 @@ def test_a_password_without_a_ca_bundle_is_for_loopback_only(world):
     assert len(world.box.live_keys()) == 31
 
 
-EXAMPLE = str(SCRIPT.with_name("rds-ca-bundle.pem.example"))
-
-
-@pytest.mark.parametrize("bundle", [None, "/no/file", "/dev/null", EXAMPLE])
-def test_without_a_ca_bundle_no_token_is_sent_and_the_error_says_where_to_get_one(world, bundle):
-    result = world.purge("--db-port", "1", **TOKEN, RETENTION_PURGE_CA_BUNDLE=bundle)
-    assert result.code == 2, "nobody listens at that port"
-    assert "truststore.pki.rds.amazonaws.com/global/global-bundle.pem" in result.error
+def test_without_a_ca_bundle_no_token_is_sent_and_the_error_says_where_to_get_one(world):
+    for bundle in None, "/no/file", "/dev/null", f"{SCRIPT.parent}/rds-ca-bundle.pem.example":
+        result = world.purge("--db-port", "1", **TOKEN, RETENTION_PURGE_CA_BUNDLE=bundle)
+        assert result.code == 2, "nobody listens at that port"
+        assert "truststore.pki.rds.amazonaws.com/global/global-bundle.pem" in result.error

