@@ -254,9 +254,9 @@ class Scene(World):
 
     def _meet(self, request: Request) -> Answer | None:
         request.logged = self.audit.read_bytes().count(b"\n")
-        if found := re.search(r"(?<=max-keys=)\d+", request.path):
-            most = min(self.page, int(found[0]))
-            request.path = request.path.replace(f"max-keys={found[0]}", f"max-keys={most}")
+        if request.operation == "list":
+            most = min(self.page, int(request.query.get("max-keys", ["1000"])[0]))
+            request.path = re.sub(r"max-keys=\d+", f"max-keys={most}", request.path)
         kind = self.choose(request)
         time.sleep(random.random() * self.latency)
         if kind is None:
