@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put it into MEASURED.md")
     asked = parser.parse_args()
     os.environ["PATH"] += f":{Path(sys.executable).parent}"
-    with LocalServer((LOCAL, 0), Handler) as server, sandbox() as box:
-        box.s3_url, box.password = f"http://{LOCAL}:{server.server_address[1]}", PASSWORD
+    with LocalServer(Handler) as server, sandbox() as box:
+        box.s3_url, box.password = f"http://{LOCAL}:{server.port}", PASSWORD
         # The sandbox checks a token in a process of its own, which takes longer than some runs.
         login = f"ALTER USER {USER}@'%' IDENTIFIED BY '{PASSWORD}'"
         box.sql(login, "SET GLOBAL innodb_buffer_pool_size = 1 << 30")
