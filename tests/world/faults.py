@@ -321,7 +321,9 @@ class Scene(World):
         self.calm()
         run, again = self.purge(*arguments), self.purge(*arguments)
         assert (run.code, again.code) == (0, 0), (run, again)
-        assert (again.counted("planned"), again.summary["jobs_deleted"]) == (0, 0)
+        # A row that went may have been all that told an object of another spelling from an orphan.
+        kept = run.all("plan")[0]["doubtful"] if "--delete-jobs" in arguments else 0
+        assert (again.counted("planned") <= kept, again.summary["jobs_deleted"]) == (True, 0)
         return run
 
     def events(self, start: int = 0) -> list[dict[str, Any]]:
