@@ -949,7 +949,8 @@ class Bucket:
             keys = [item.key for item in references.slice(start, min(start + size, count))]
             low, known = (references[start - 1].key, None) if start else ("", first)
             high = END[1:] if whole and start + size >= count else keys[-1]
-            if start and self._gap[0] <= low and high < self._gap[1]:
+            begin, end = self._gap  # both at once: other threads replace it
+            if start and begin <= low and high < end:
                 return None
             if whole:
                 return self._between(low, high, known)
@@ -1034,7 +1035,7 @@ class Bucket:
 
 
 def is_dense(references: int, page: Page) -> bool:
-    """Whether so many references on a page, of which the first was sought, are worth parsing it."""
+    """Whether so many references on a page are worth its parsing; the first of them was sought."""
     return (references - 1) * PAGE >= SPARSE * (len(page.objects) - 1)
 
 
