@@ -205,9 +205,6 @@ class Reason(StrEnum):
     SHARED = "shared"  # a key of expired jobs that remaining jobs refer to as well
 
 
-OF_OBJECTS = {Reason.EXPIRED, Reason.ORPHAN}
-
-
 class Reference(NamedTuple):
     """A key that `jobs` rows of the job table refer to, `expired` of them being expired jobs."""
 
@@ -232,6 +229,10 @@ class Candidate(NamedTuple):
     size: int = 0
     last_modified: str = ""
     version_id: str | None = None  # in an undo: of the delete marker to remove
+
+
+OF_OBJECTS = {Reason.EXPIRED, Reason.ORPHAN}
+Pair = tuple[Reference | None, S3Object | None]
 
 
 @dataclass(frozen=True)
@@ -299,9 +300,6 @@ class Totals:
     listed: int = 0  # objects that the listing gave
     known: int = 0  # of these, referred to by any job
     doubtful: int = 0  # orphans kept for their name
-
-
-Pair = tuple[Reference | None, S3Object | None]
 
 
 def ascending(items: Iterable[Keyed], source: str, last: str = "") -> Iterator[Keyed]:
@@ -507,6 +505,9 @@ SESSION = (
     "sql_safe_updates = 0, sql_big_selects = 1",
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 )
+# SQL for the UTF-8 bytes of a text column: equal only if identical, and ordered as in S3.
+TEXT_BYTES = "CAST(CONVERT({} USING utf8mb4) AS BINARY)"
+NAME, ID, TYPE = map(TEXT_BYTES.format, ("`sourceData`", "`jobId`", "`type`"))
 # MySQL's error codes (MySQL manual, "Error Message Reference") and what to do.
 DATABASE_ADVICE = {
     1044: "Check --db-name, and grant SELECT on the table",
@@ -613,24 +614,13 @@ def take_lock(connection: Any, bucket: str, prefix: str, table: str) -> None:
         raise PurgeError(message, LOCKED)
 
 
-def text_bytes(column: str) -> str:
-    """SQL for the UTF-8 bytes of a text column: equal only if identical, and ordered as in S3."""
-    return f"CAST(CONVERT({column} USING utf8mb4) AS BINARY)"
-
-
-NAME = text_bytes("`sourceData`")
-
-
 def expired_sql(cutoff: datetime) -> str:
     """SQL for "this job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0."""
     moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
     return (
         f"((`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}' "
-        f"AND {text_bytes('`type`')} = 'TRIAL') IS TRUE)"
+        f"AND {TYPE} = 'TRIAL') IS TRUE)"
     )
-
-
-JobRow = tuple[str, str, str]  # of an expired job: jobId, completedAt, sourceData
 
 
 class JobTable:
@@ -729,15 +719,15 @@ class JobTable:
         escaped = map(self._connection.escape, names)
         return f"`sourceData` IN ({','.join(form % name for name in escaped)})"
 
-    def expired_rows(self, names: Collection[str]) -> list[JobRow]:
-        """Expired jobs of these names, up to ROWS of them."""
+    def expired_rows(self, names: Collection[str]) -> list[tuple[str, str, str]]:
+        """Of up to ROWS expired jobs of these names jobId, completedAt and sourceData."""
         exact = ",".join(map(self._connection.escape, names))
         which = f"WHERE {self._among(names)} AND {NAME} IN ({exact}) AND {self._expired}"
         what = f"SELECT `jobId`, CAST(`completedAt` AS CHAR), {NAME}"
         rows = self._query(what, f"{which} LIMIT {ROWS}", "read the expired jobs in")
         return [(job_id, moment, name.decode()) for job_id, moment, name in rows]
 
-    def delete(self, rows: list[JobRow]) -> int:
+    def delete(self, rows: list[tuple[str, str, str]]) -> int:
         """Delete these jobs, if they are as they were read and still expired; how many were."""
         escaped = self._connection.escape
         ids = ",".join(escaped(job_id) for job_id, _, _ in rows)
@@ -745,7 +735,7 @@ class JobTable:
         with database_errors(f"Cannot delete from {self.name}"):
             deleted: int = self._connection.cursor().execute(
                 f"DELETE {self._from} WHERE `jobId` IN ({ids}) AND {self._expired} "
-                f"AND ({text_bytes('`jobId`')}, {NAME}) IN ({pairs})"
+                f"AND ({ID}, {NAME}) IN ({pairs})"
             )
         return deleted
 
@@ -798,6 +788,29 @@ def read_references(jobs: JobTable, policy: Policy, totals: Totals) -> Iterator[
 
 
 # --- S3 -------------------------------------------------------------------------------------------
+
+# Of each operation the root of its answer; DeleteObject is answered by a status alone.
+ROOTS: dict[str, str | int] = {
+    "ListObjectsV2": "ListBucketResult",
+    "DeleteObjects": "DeleteResult",
+    "DeleteObject": 204,
+    "ListObjectVersions": "ListVersionsResult",
+    "GetBucketVersioning": "Versioning",
+}
+# Of an object in a listing.
+MOMENT = r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(?:\.\d+)?Z"
+PATTERNS = {"Key": "[^<]*", "Size": "[0-9]+", "LastModified": MOMENT}
+COLUMNS = [re.compile(f"<{tag}>({content})</{tag}>", re.ASCII) for tag, content in PATTERNS.items()]
+OBJECTS = re.compile("<Contents>.*</Contents>", re.DOTALL)
+# S3's codes (S3 API reference, "List of error codes") and what to do.
+BUCKET_ADVICE = {
+    "NoSuchBucket": "Check --bucket.",
+    "ExpiredToken": "The AWS credentials ended; run again with fresh ones.",
+    "InvalidAccessKeyId": "The AWS access key does not exist: check --profile, the credentials.",
+    "SignatureDoesNotMatch": "The AWS secret key is not that of the access key.",
+    "PermanentRedirect": "Check --region: the bucket is in another one.",
+    "RequestTimeTooSkewed": "Set this host's clock.",
+}
 
 
 class Page(NamedTuple):
@@ -1045,27 +1058,10 @@ def batches(items: Iterable[Candidate]) -> Iterator[list[Candidate]]:
         yield from chunks(group, 1 if odd else BATCH)
 
 
-# botocore accepts any well-formed body as an answer, and spends most of a listing's time on
-# timestamps. So it calls this with the raw answer before it parses (event `before-parse`), and adds
-# what is put into `customized_response_dict` to its own result.
-# Of each operation the root of its answer; DeleteObject is answered by a status alone.
-ROOTS: dict[str, str | int] = {
-    "ListObjectsV2": "ListBucketResult",
-    "DeleteObjects": "DeleteResult",
-    "DeleteObject": 204,
-    "ListObjectVersions": "ListVersionsResult",
-    "GetBucketVersioning": "Versioning",
-}
-
-
-def read_answer(
-    operation_model: Any,
-    response_dict: dict[str, Any],
-    customized_response_dict: dict[str, Any],
-    **_: Any,
-) -> None:
-    """Check that the body is an answer to the operation, and parse a listing. One that is not what
-    S3 documents becomes a 500 with the code InvalidAnswer, which is tried again."""
+def read_answer(operation_model: Any, response_dict: Any, **more: Any) -> None:
+    """Event `before-parse`: check that the body is an answer to the operation, and parse a listing,
+    as botocore accepts whatever is well-formed, and spends most of its time on timestamps. One that
+    is not what S3 documents becomes a 500 with the code InvalidAnswer, which is tried again."""
     wanted, status = ROOTS.get(operation_model.name), response_dict["status_code"]
     if wanted is None or status >= 300 or status == wanted:
         return
@@ -1081,18 +1077,12 @@ def read_answer(
         if wanted == "ListVersionsResult":
             only("IsTruncated", body)
         if wanted == "ListBucketResult":
-            customized_response_dict["Page"] = parse_listing(body)
+            more["customized_response_dict"]["Page"] = parse_listing(body)  # added to its result
             response_dict["body"] = b""
     except (ElementTree.ParseError, ValueError) as error:
         log.debug("invalid answer from S3: %s", error)
         fault = f"<Code>InvalidAnswer</Code><Message>{type(error).__name__}</Message>"
         response_dict.update(status_code=500, body=f"<Error>{fault}</Error>".encode())
-
-
-MOMENT = r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(?:\.\d+)?Z"
-PATTERNS = {"Key": "[^<]*", "Size": "[0-9]+", "LastModified": MOMENT}
-COLUMNS = [re.compile(f"<{tag}>({content})</{tag}>", re.ASCII) for tag, content in PATTERNS.items()]
-OBJECTS = re.compile("<Contents>.*</Contents>", re.DOTALL)
 
 
 def parse_listing(body: str) -> Page:
@@ -1126,16 +1116,6 @@ def plain(text: str) -> str:
     return (ElementTree.fromstring(f"<x>{text}</x>").text or "") if "&" in text else text
 
 
-BUCKET_ADVICE = {
-    "NoSuchBucket": "Check --bucket.",
-    "ExpiredToken": "The AWS credentials ended; run again with fresh ones.",
-    "InvalidAccessKeyId": "The AWS access key does not exist: check --profile, the credentials.",
-    "SignatureDoesNotMatch": "The AWS secret key is not that of the access key.",
-    "PermanentRedirect": "Check --region: the bucket is in another one.",
-    "RequestTimeTooSkewed": "Set this host's clock.",
-}
-
-
 @contextmanager
 def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
     """Turn what botocore raises into a PurgeError of one line: what was done, why it failed.
@@ -1153,6 +1133,25 @@ def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
 
 
 # --- Report: what is counted, printed, logged and returned ----------------------------------------
+
+# What the numbers of the summary mean, and what may come next.
+MEANINGS = {
+    "cutoff": ": TRIAL jobs completed before it are expired",
+    "retained": " planned, but a job refers to them by now, or their jobs have vanished",
+    "retained in an undo": " cannot be brought back; the log says why",
+    "not_attempted": " planned, but the run stopped",
+    "missing": " expired keys have no object",
+    "missing in an undo": " have an object already",
+    "dangling": " keys of remaining jobs have no object: it may be lost data",
+}
+ADVICE = {
+    "enabled": "The bucket is versioned: a delete hides an object, and frees its space when a\n"
+    "lifecycle rule expires old versions. Till then --undo AUDIT_LOG brings it back.",
+    "suspended": "Versioning is suspended: objects written since are gone once deleted, older\n"
+    "ones are hidden behind a delete marker.",
+    "restored": "The next purge deletes these keys again, unless its schedule is stopped or an\n"
+    "OFFICIAL job refers to them.",
+}
 
 
 @dataclass
@@ -1227,26 +1226,6 @@ class Report:
             lines.append(f"{name.replace('_', ' '):<24}{text}{meaning}")
         advice = ("restored" if self.deleted.objects else "") if self.undoes else self.versioning
         return "\n".join(lines + [ADVICE[key] for key in (advice or "",) if key in ADVICE])
-
-
-# What the numbers of the summary mean, and what may come next.
-MEANINGS = {
-    "cutoff": ": TRIAL jobs completed before it are expired",
-    "retained": " planned, but a job refers to them by now, or their jobs have vanished",
-    "retained in an undo": " cannot be brought back; the log says why",
-    "not_attempted": " planned, but the run stopped",
-    "missing": " expired keys have no object",
-    "missing in an undo": " have an object already",
-    "dangling": " keys of remaining jobs have no object: it may be lost data",
-}
-ADVICE = {
-    "enabled": "The bucket is versioned: a delete hides an object, and frees its space when a\n"
-    "lifecycle rule expires old versions. Till then --undo AUDIT_LOG brings it back.",
-    "suspended": "Versioning is suspended: objects written since are gone once deleted, older\n"
-    "ones are hidden behind a delete marker.",
-    "restored": "The next purge deletes these keys again, unless its schedule is stopped or an\n"
-    "OFFICIAL job refers to them.",
-}
 
 
 def in_units(count: int, what: str) -> str:
@@ -1786,6 +1765,7 @@ OPTIONS: list[tuple[str, Any, Any, str]] = [
 # A purge must be given these, an undo only the last; no variables are read for those.
 NEEDED, COMMAND_LINE_ONLY = ("db_host", "db_user", "db_name", "bucket"), ("--undo", "--run-id")
 
+CONTEXT = {"auto_envvar_prefix": VARIABLES[:-1], "help_option_names": ["-h", "--help"]}
 EPILOG = f"""\b
 Each option can also be set as {VARIABLES}<NAME>, such as
 {VARIABLES}DB_HOST, but for --undo and --run-id; a flag as 1 or 0.
@@ -1814,13 +1794,6 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         settings = {"default": default, "help": text, **settings, **variables}
         command = click.option(*names.split(), **settings)(command)
     return command
-
-
-CONTEXT = {
-    "auto_envvar_prefix": VARIABLES.rstrip("_"),
-    "help_option_names": ["-h", "--help"],
-    "max_content_width": 80,
-}
 
 
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
