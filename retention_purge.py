@@ -60,7 +60,9 @@ from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from heapq import merge
 from itertools import chain, groupby, islice, repeat
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from unicodedata import normalize
@@ -315,18 +317,10 @@ def ascending(items: Iterable[Keyed], source: str, last: str = "") -> Iterator[K
 def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> Iterator[Pair]:
     """Pair two streams by key, in constant memory; None where a side lacks the key. Raises
     PurgeError where the listing does not ascend: a referenced object would pass for an orphan."""
-    names, found = iter(references), ascending(objects, "bucket's listing")
-    reference, item = next(names, None), next(found, None)
-    while reference or item:
-        if item is None or (reference and reference.key < item.key):
-            yield reference, None
-            reference = next(names, None)
-        elif reference is None or item.key < reference.key:
-            yield None, item
-            item = next(found, None)
-        else:
-            yield reference, item
-            reference, item = next(names, None), next(found, None)
+    streams: list[Iterable[Any]] = [references, ascending(objects, "bucket's listing")]
+    for _, pair in groupby(merge(*streams, key=itemgetter(0)), itemgetter(0)):
+        sides = {type(side): side for side in pair}
+        yield sides.get(Reference), sides.get(S3Object)
 
 
 def plan(
