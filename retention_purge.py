@@ -330,24 +330,20 @@ def plan(
     of orphans that a job may mean, though it spells them otherwise."""
     for reference, item in pairs:
         reason = policy.reason(reference, item)
-        if item is None:
-            absent = reference is not None and reference.expired == reference.jobs
-            totals.missing += absent
-            totals.dangling += not absent
-            if reason is not None and reference is not None:
-                yield Candidate(reference.key, reason.value)
-            continue
-        totals.listed += 1
-        totals.known += reference is not None
-        if reason is Reason.ORPHAN and is_doubtful(item.key):
+        totals.listed += item is not None
+        totals.known += item is not None and reference is not None
+        if reference and not item:
+            totals.missing += reference.expired == reference.jobs
+            totals.dangling += reference.expired < reference.jobs
+        if item and reason is Reason.ORPHAN and is_doubtful(item.key):
             totals.doubtful += 1
-        elif reason is Reason.SHARED:
-            yield Candidate(item.key, reason.value)
-        elif reason is not None:
+        elif item and reason in OF_OBJECTS:
             modified = datetime.fromisoformat(item.last_modified).isoformat()
-            candidate = Candidate(item.key, reason.value, int(item.size), modified)
+            candidate = Candidate(item.key, reason, int(item.size), modified)
             totals.planned.add(candidate)
             yield candidate
+        elif reference and reason:
+            yield Candidate(reference.key, reason)
 
 
 def refusals(
