@@ -103,6 +103,7 @@ SPARSE, SEEK = 25, 10
 LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 6
 BLOCK = 1000  # records in a block of a spool file
 SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys are missing
+WRONG_PLACE = "--bucket, --prefix or --db-table must be wrong"
 MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
 # Seconds. A login and a re-check may not take long; the grouped query may sort for an hour before
 # its first row. A row lock is awaited for less than the read timeout, or a DELETE given up here
@@ -346,26 +347,22 @@ def plan(
             yield Candidate(reference.key, reason)
 
 
-def refusals(
-    totals: Totals, policy: Policy, max_objects: int | None, max_percent: float
-) -> Iterator[str]:
+def refusals(totals: Totals, policy: Policy, most: int | None, percent: float) -> Iterator[str]:
     """Why this plan must not be carried out; nothing if it may."""
     planned, orphans = totals.planned.objects, policy.orphans_before is not None
-    if max_objects is not None and planned > max_objects:
-        yield f"{planned} objects would be deleted, more than --max-objects {max_objects}"
+    if most is not None and planned > most:
+        yield f"{planned} objects would be deleted, more than --max-objects {most}"
     whole = planned + totals.remaining
     shares = [(planned, whole, "keys that are planned or belong to remaining jobs")]
     shares += [(planned, totals.listed, "objects in the listing")] * orphans
     shares += [(totals.expired_jobs, totals.jobs, "job rows")] * policy.rows
     for part, whole, name in shares:
-        if part > whole * max_percent / 100:
+        if part > whole * percent / 100:
             share = f"{part} of {whole} {name} would be deleted ({100 * part / whole:.1f} %)"
-            yield f"{share}, more than --max-percent {max_percent:g}"
+            yield f"{share}, more than --max-percent {percent:g}"
     if orphans and not totals.known and (totals.listed or totals.jobs):
-        yield (
-            f"--orphans, but none of the {totals.listed} objects listed is referred to by any of "
-            f"the {totals.jobs} jobs: --bucket, --prefix or --db-table must be wrong"
-        )
+        seen = f"none of the {totals.listed} objects listed is referred to by any of the"
+        yield f"--orphans, but {seen} {totals.jobs} jobs: {WRONG_PLACE}"
 
 
 def clock_refusals(database: timedelta, s3: timedelta) -> Iterator[str]:
@@ -380,14 +377,12 @@ def clock_refusals(database: timedelta, s3: timedelta) -> Iterator[str]:
 def just_before(key: str) -> str:
     """A string below `key` with next to no key between: `StartAfter` excludes what it names. Cut
     before the first character that XML cannot carry, as a listing's answer may repeat it."""
-    odd = NOT_XML.search(key)
+    below = key[:-1] + chr(max(ord(key[-1]) - 1, 0))
+    head, seek, odd = key[:-1], f"{below}\U0010ffff", NOT_XML.search(below)
     if odd:
-        low = key[: odd.start()] + "\ufffd\U0010ffff" * (odd[0] > "\ufffd")
-        return low if len(low.encode()) <= KEY_BYTES else key[: odd.start()]
-    head, last = key[:-1], ord(key[-1])
-    below = chr(0xD7FF if last == 0xE000 else last - 1)
-    seek = f"{head}{below}\U0010ffff"
-    return head if NOT_XML.match(below) or len(seek.encode()) > KEY_BYTES else seek
+        head = below[: odd.start()]
+        seek = head + "\ufffd\U0010ffff" * (odd[0] > "\ufffd")
+    return seek if len(seek.encode()) <= KEY_BYTES else head
 
 
 def printable(key: str) -> str:
@@ -2003,10 +1998,8 @@ def wrong_place(totals: Totals, jobs: JobTable, bucket: Bucket) -> Iterator[str]
         sample = [bucket.prefix + name for name in jobs.sample()]
         sample = [key for key in sample if len(key.encode()) <= KEY_BYTES]
         if sample and not any(bucket.each(bucket.exists, sample)):
-            yield (
-                f"none of the {totals.expired} expired keys and of {len(sample)} keys of remaining "
-                "jobs has an object: --bucket, --prefix or --db-table must be wrong"
-            )
+            keys = f"the {totals.expired} expired keys and of {len(sample)} keys of remaining jobs"
+            yield f"none of {keys} has an object: {WRONG_PLACE}"
 
 
 def prepare_undo(bucket: Bucket, ledger: Ledger, given: dict[str, Any]) -> Spool[Candidate]:
