@@ -1923,13 +1923,9 @@ def policy_of(given: dict[str, Any], now: datetime) -> Policy:
     as_of = given["as_of"] or now.replace(microsecond=0)
     if as_of > now:
         raise PurgeError(f"--as-of {as_of} is later than the database clock, {now}.", REFUSED)
-    grace = timedelta(days=given["orphan_grace_days"])
-    return Policy(
-        cutoff=as_of - timedelta(days=given["retention_days"]),
-        prefix=given["prefix"],
-        orphans_before=now - grace if given["orphans"] else None,
-        rows=given["delete_jobs"],
-    )
+    cutoff = as_of - timedelta(days=given["retention_days"])
+    before = now - timedelta(days=given["orphan_grace_days"]) if given["orphans"] else None
+    return Policy(cutoff, given["prefix"], before, given["delete_jobs"])
 
 
 def prepare_purge(
