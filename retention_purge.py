@@ -1844,16 +1844,12 @@ def check_usage(given: dict[str, Any]) -> None:
 def set_up_output(verbose: bool, quiet: bool) -> None:
     """Log to standard error, in UTC; print any key on a terminal of any encoding."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-        elif stream is None:  # the caller has closed it
+        if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    handler = logging.StreamHandler()
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    log.handlers, log.propagate = [handler], False
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    logging.Formatter.converter = time.gmtime
+    style = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(format=style, datefmt="%Y-%m-%dT%H:%M:%SZ")
     log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
