@@ -1784,8 +1784,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(context_settings=CONTEXT, epilog=EPILOG)
 @with_options
 @click.version_option(VERSION, message="%(prog)s %(version)s", allow_from_autoenv=False)
-@click.pass_context
-def main(ctx: click.Context, /, **given: Any) -> None:
+def main(**given: Any) -> None:
     """Delete the S3 source data of TRIAL jobs completed more than 90 days ago.
 
     A key goes only if no remaining job refers to it; OFFICIAL jobs and their data stay for ever.
@@ -1811,7 +1810,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
         with suppress(OSError):
             given["manifest"].unlink()  # an earlier run's
     finish(ledger, given)
-    ctx.exit(report.exit_code)
+    sys.exit(report.exit_code)
 
 
 def check_usage(given: dict[str, Any]) -> None:
