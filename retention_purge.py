@@ -1300,9 +1300,8 @@ class Ledger:
 
     def deleted(self, item: Candidate, marker: str | None) -> None:
         self.report.deleted.add(item)
-        if self._file is not None:
-            done = "restored" if self.report.undoes else "deleted"
-            self._note(done, item, {"version_id": marker} if marker else {})
+        done = "restored" if self.report.undoes else "deleted"
+        self._note(done, item, {"version_id": marker} if marker else {})
 
     def retained(self, item: Candidate, why: str) -> None:
         self.report.retained += 1
@@ -1313,9 +1312,8 @@ class Ledger:
         self._note("failed", item, {"code": verdict.code, "message": verdict.message})
 
     def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
-        if self._file is not None:
-            with suppress(PurgeError):  # the next intent, or the end, will say so
-                self.write(event, [facts_of(item) | more])
+        with suppress(PurgeError):  # the next intent, or the end, will say so
+            self.write(event, [facts_of(item) | more])
         if "message" in more:
             cause = " ".join(f"{event}: {': '.join(more.values())}".split())
             if len(self._causes) >= 20 and cause not in self._causes:
