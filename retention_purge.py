@@ -1421,16 +1421,14 @@ class Rounds:
         most = ROUND_KEYS if self._scans else self._bucket.workers * BATCH
         if self._scans and self._pace.rate:
             most = min(most, self._pace.rate * ROUND_SECONDS)
-        items: list[Candidate] = []
-        size = 0
+        items, size = list[Candidate](), 0
         for item in plan:
             items.append(item)
             size += 2 * len(item.key.encode()) + 16
             if len(items) >= most or size > ROUND_BYTES:
                 yield items
                 items, size = [], 0
-        if items:
-            yield items
+        yield items
 
     def _round(self, items: list[Candidate]) -> None:
         self._pending = {item: Tried() for item in items if item.reason in OF_OBJECTS}
