@@ -1829,7 +1829,7 @@ def check_usage(given: dict[str, Any]) -> None:
         try:
             check(not target.exists() or target.is_file(), "--manifest must be a file.")
             logs = {path.resolve() for path in (given["audit_log"], given["undo"]) if path}
-            own = {target.resolve(), beside(target).resolve()}
+            own = {target.resolve(), target.with_name(f"{target.name}.part").resolve()}
         except (OSError, RuntimeError) as error:
             raise PurgeError(f"Cannot use --manifest or --audit-log: {error}.", USAGE) from None
         check(not logs & own, "--manifest and --audit-log must be two files.")
@@ -2016,21 +2016,18 @@ def show_plan(candidates: Iterable[Candidate], given: dict[str, Any]) -> None:
         show("\n".join(chunk))
 
 
-def beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
-
-
 def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> None:
     """Write the plan as S3 Batch Operations reads it, `bucket,url-encoded-key` on each line; beside
     first, then renamed. Raises PurgeError."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        with beside(path).open("w", encoding="ascii", newline="") as file:
+        with part.open("w", encoding="ascii", newline="") as file:
             objects = (item for item in candidates if item.reason in OF_OBJECTS)
             file.writelines(f"{bucket},{quote(item.key)}\n" for item in objects)
-        beside(path).replace(path)
+        part.replace(path)
     except OSError as error:
         with suppress(OSError):
-            beside(path).unlink()
+            part.unlink()
         raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
 
 
