@@ -1693,20 +1693,7 @@ def moment(text: str) -> datetime:
     raise click.BadParameter(f"{text!r} is not ISO 8601 since 1970, such as 2019-06-03T00:00:00Z.")
 
 
-def matching(pattern: str, advice: str) -> Callable[[str], str]:
-    """Type of an option: text that matches as a whole."""
-
-    def text(value: str) -> str:
-        if re.fullmatch(pattern, value):
-            return value
-        raise click.BadParameter(f"{value!r} {advice}.")
-
-    return text
-
-
 NAME_OF_A_BUCKET = r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # or an access point's ARN
-BUCKET = matching(NAME_OF_A_BUCKET, "is not a bucket name; a path goes into --prefix")
-TABLE = matching(r"[^.]+(\.[^.]+)?", "is neither TABLE nor SCHEMA.TABLE")
 PERCENT = click.FloatRange(0, 100)
 FILE, COUNT, DAYS = click.Path(path_type=Path), click.IntRange(0), click.IntRange(0, 36500)
 PORT, SOME_DAYS, THREADS = click.IntRange(1, 65535), click.IntRange(1, 36500), click.IntRange(1, 64)
@@ -1718,9 +1705,9 @@ OPTIONS: list[tuple[str, Any, Any, str]] = [
     ("--db-port", PORT, 3306, "Port of the database."),
     ("--db-user", str, None, "Database user.  [required]"),
     ("--db-name", str, None, "Schema of the job table.  [required]"),
-    ("--db-table", TABLE, "ndvr_job_status", "TABLE or SCHEMA.TABLE."),
+    ("--db-table", str, "ndvr_job_status", "TABLE or SCHEMA.TABLE."),
     ("--ca-bundle", FILE, None, "CA certificates.  [default: rds-ca-bundle.pem beside the script]"),
-    ("--bucket", BUCKET, None, "Bucket with the source data.  [required]"),
+    ("--bucket", str, None, "Bucket with the source data.  [required]"),
     ("--prefix", str, "", "Put before sourceData; nothing outside it is touched."),
     ("--profile", str, None, "AWS profile.  [default: the AWS chain]"),
     ("--region", str, None, "AWS region of the database.  [default: the AWS chain]"),
@@ -1812,7 +1799,7 @@ def main(**given: Any) -> None:
 def check_usage(given: dict[str, Any]) -> None:
     """What click cannot check for a single option: variables, required options, files."""
 
-    def check(fine: bool, message: str) -> None:
+    def check(fine: Any, message: str) -> None:
         if not fine:
             raise PurgeError(message, USAGE)
 
@@ -1824,6 +1811,11 @@ def check_usage(given: dict[str, Any]) -> None:
         check(bool(os.environ[name].strip()), f"{name} is empty: give it a value, or unset it.")
     for name in NEEDED[3 if given["undo"] else 0 :]:
         check(given[name] is not None, f"Missing option '--{name.replace('_', '-')}'.")
+    bucket, table = given["bucket"], given["db_table"]
+    fine = re.fullmatch(NAME_OF_A_BUCKET, bucket)
+    check(fine, f"--bucket: {bucket!r} is not a bucket name; a path goes into --prefix.")
+    fine = re.fullmatch(r"[^.]+(\.[^.]+)?", table)
+    check(fine, f"--db-table: {table!r} is neither TABLE nor SCHEMA.TABLE.")
     check(not given["run_id"] or given["undo"] is not None, "--run-id goes with --undo.")
     if target := given["manifest"]:
         try:
