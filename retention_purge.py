@@ -1697,7 +1697,7 @@ NAME_OF_A_BUCKET = r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # or an access po
 PERCENT = click.FloatRange(0, 100)
 FILE, COUNT, DAYS = click.Path(path_type=Path), click.IntRange(0), click.IntRange(0, 36500)
 PORT, SOME_DAYS, THREADS = click.IntRange(1, 65535), click.IntRange(1, 36500), click.IntRange(1, 64)
-FLAG = {"is_flag": True}
+FLAG, BARE = {"is_flag": True}, {"allow_from_autoenv": False}  # BARE: no variable is read
 
 # Name, type or further settings, default, help.
 OPTIONS: list[tuple[str, Any, Any, str]] = [
@@ -1727,11 +1727,10 @@ OPTIONS: list[tuple[str, Any, Any, str]] = [
     ("--json", FLAG, False, "Print the summary as one JSON object."),
     ("-v --verbose", FLAG, False, "Log more, and show tracebacks."),
     ("-q --quiet", FLAG, False, "Print nothing but problems."),
-    ("--undo", {"type": FILE, "metavar": "AUDIT_LOG"}, None, "Bring back what one run hid."),
-    ("--run-id", {"metavar": "ID"}, None, "The run to undo, if the log holds several."),
+    ("--undo", BARE | {"type": FILE, "metavar": "AUDIT_LOG"}, None, "Bring back what one run hid."),
+    ("--run-id", BARE | {"metavar": "ID"}, None, "The run to undo, if the log holds several."),
 ]  # fmt: skip
-# A purge must be given these, an undo only the last; no variables are read for those.
-NEEDED, COMMAND_LINE_ONLY = ("db_host", "db_user", "db_name", "bucket"), ("--undo", "--run-id")
+NEEDED = ("db_host", "db_user", "db_name", "bucket")  # by a purge; by an undo only the last
 
 CONTEXT = {"auto_envvar_prefix": VARIABLES[:-1], "help_option_names": ["-h", "--help"]}
 EPILOG = f"""\b
@@ -1758,8 +1757,7 @@ Exit codes:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     for names, kind, default, text in reversed(OPTIONS):
         settings = kind if isinstance(kind, dict) else {"type": kind}
-        variables = {"allow_from_autoenv": names not in COMMAND_LINE_ONLY, "show_default": True}
-        settings = {"default": default, "help": text, **settings, **variables}
+        settings = {"default": default, "help": text, "show_default": True, **settings}
         command = click.option(*names.split(), **settings)(command)
     return command
 
@@ -1803,8 +1801,8 @@ def check_usage(given: dict[str, Any]) -> None:
         if not fine:
             raise PurgeError(message, USAGE)
 
-    names = {names.split()[-1] for names, *_ in OPTIONS} - {*COMMAND_LINE_ONLY}
-    known = {VARIABLES + name[2:].replace("-", "_").upper() for name in names} | {PASSWORD_VARIABLE}
+    names = {*given} - {"undo", "run_id"}
+    known = {VARIABLES + name.upper() for name in names} | {PASSWORD_VARIABLE}
     for name in sorted(name for name in os.environ if name.startswith(VARIABLES)):
         nearest = get_close_matches(name, known, 1, 0)[0]
         check(name in known, f"{name} is no option's variable: do you mean {nearest}?")
