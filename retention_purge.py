@@ -945,36 +945,33 @@ class Bucket:
 
         def part(start: int) -> Iterator[list[S3Object]] | None:
             keys = [item.key for item in references.slice(start, min(start + size, count))]
-            low, known = (references[start - 1].key, None) if start else ("", first)
+            low = references[start - 1].key if start else ""
             if whole:
                 keys = [END[1:] if start + size >= count else keys[-1]]
             begin, end = self._gap  # both at once: other threads replace it
-            if start and begin <= low and keys[-1] < end:
+            if begin <= low and keys[-1] < end:
                 return None
-            return self._part(low, keys, whole, PAGE if dense else SEEK, known)
+            return self._part(low, keys, whole, PAGE if dense else SEEK)
 
         parts = filter(None, map(part, range(0, max(count, 1), size)))
         yield from chain.from_iterable(ahead(parts, width, PAGES_AHEAD if whole else 0))
 
-    def _part(
-        self, low: str, keys: list[str], whole: bool, limit: int, page: Page | None
-    ) -> Iterator[list[S3Object]]:
+    def _part(self, low: str, keys: list[str], whole: bool, limit: int) -> Iterator[list[S3Object]]:
         """The objects above `low`, up to the last of the sorted `keys`; if not `whole` those with
-        one of the keys: each request leaps to the next one. `page` is the first one, if it is
-        known, else `limit` objects are listed at first."""
+        one of the keys: each request leaps to the next one. The first lists `limit` objects."""
         wanted, place, token = {*keys}, 0, None
         after = just_before(low) if NOT_XML.search(low) else low
         while place < len(keys):
             if not whole and (token is None or just_before(keys[place]) > after):
                 after, token = just_before(keys[place]), None
-            page = page or self.page(after, limit, token)
+            page = self.page(after, limit, token)
             known = [item for item in page.objects if low < item.key <= keys[-1]]
             yield known if whole else [item for item in known if item.key in wanted]
             if page.token is None:
                 return
             after, token, sought = page.last, page.token, place
             place = bisect_right(keys, after, place)
-            limit, page = PAGE if whole or is_dense(place - sought, page) else SEEK, None
+            limit = PAGE if whole or is_dense(place - sought, page) else SEEK
 
     def each(self, ask: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
         """The answers for some keys, in their order, asked for at the same time."""
