@@ -406,13 +406,12 @@ def ahead(streams: Iterable[Iterable[T]], width: int, depth: int = 0) -> Iterato
     same time, each in a thread of its own, `depth` items ahead (0: all). Raises what they raise."""
 
     def draw(stream: Iterable[T], results: queue.Queue[Any]) -> None:
-        error: BaseException = StopIteration()
         try:
             for item in stream:
                 results.put((item, None))
-        except BaseException as fault:
-            error = fault
-        results.put((None, error))
+            results.put((None, StopIteration()))
+        except BaseException as error:
+            results.put((None, error))
 
     waiting, running = iter(streams), deque[queue.Queue[Any]]()
     while True:
