@@ -25,9 +25,9 @@ The run, in order; any error before step 5 ends it with nothing deleted:
 
 The way of a key, in file order: Reference -> outer_join -> Policy.reason -> Candidate -> refusals
 -> Bucket._leave (how old is its re-check?) -> Ledger; in between Rounds: _recheck (may_go), _send
-(intent, request), _settle. Of the cutoff: Policy -> expired_sql -> every statement of JobTable. Of
-a Ctrl-C: Stop -> Interrupted, at once while the run only reads, else before the next request ->
-Rounds._round accounts for what is in flight -> main -> Ledger.end -> exit code 130.
+(intent, request), _settle. Of the cutoff: Policy -> every statement of JobTable. Of a Ctrl-C: Stop
+-> Interrupted, at once while the run only reads, else before the next request -> Rounds._round
+accounts for what is in flight -> main -> Ledger.end -> exit code 130.
 """
 
 from __future__ import annotations
@@ -598,15 +598,6 @@ def take_lock(connection: Any, bucket: str, prefix: str, table: str) -> None:
         raise PurgeError(message, LOCKED)
 
 
-def expired_sql(cutoff: datetime) -> str:
-    """SQL for "this job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0."""
-    moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
-    return (
-        f"((`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}' "
-        f"AND {TYPE} = 'TRIAL') IS TRUE)"
-    )
-
-
 class JobTable:
     """The job table over one connection, with `cutoff` deciding which jobs are expired. Only
     `delete` writes. All methods raise PurgeError."""
@@ -614,7 +605,10 @@ class JobTable:
     def __init__(self, connection: Any, place: tuple[str, str], cutoff: datetime) -> None:
         self._connection, self.name = connection, ".".join(place)
         self._from = "FROM " + ".".join("`" + part.replace("`", "``") + "`" for part in place)
-        self._expired = expired_sql(cutoff)
+        moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+        in_time = f"`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}'"
+        # "This job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0.
+        self._expired = f"(({in_time} AND {TYPE} = 'TRIAL') IS TRUE)"
         # Of each key its bytes, jobs and expired jobs.
         self._references = f"SQL_BIG_RESULT {NAME}, COUNT(*), COUNT(NULLIF({self._expired}, 0))"
         self._describe()
