@@ -533,15 +533,12 @@ def query(connection: Any, doing: str, sql: str, arguments: Any = None) -> list[
         return list(cursor.fetchall())
 
 
-def connect(
-    host: str, port: int, user: str, database: str, password: str, tls: dict[str, Any]
-) -> Any:
+def connect(settings: dict[str, Any]) -> Any:
     """Log in, and let nothing of the server's own settings decide. Raises PurgeError."""
-    settings: dict[str, Any] = {"host": host, "port": port, "user": user, "database": database}
     settings |= {f"{kind}_timeout": CONNECT_TIMEOUT for kind in ("connect", "read", "write")}
     settings |= {"charset": "utf8mb4", "autocommit": True}  # every read sees the table as it is
-    with database_errors(f"Cannot log in to {host}:{port} as {user}"):
-        connection: Any = pymysql.connect(password=password.encode(), **settings, **tls)
+    with database_errors("Cannot log in to {host}:{port} as {user}".format(**settings)):
+        connection: Any = pymysql.connect(**settings)
     # A minute's silence sends a probe: NAT gateways forget idle connections after 350 seconds.
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
@@ -1867,14 +1864,15 @@ def log_in(session: boto3.Session, given: dict[str, Any]) -> Any:
     """Connect to the database, with the password or an IAM token, made now as it lives 15 minutes.
     Raises PurgeError."""
     password = os.environ.get(PASSWORD_VARIABLE)
-    address = given["db_host"], given["db_port"], given["db_user"]
-    tls = tls_settings(given["ca_bundle"], password is not None and address[0] in LOOPBACK)
-    log.info("connecting to %s:%d", *address[:2])
+    host, port, user = given["db_host"], given["db_port"], given["db_user"]
+    settings = tls_settings(given["ca_bundle"], password is not None and host in LOOPBACK)
+    settings |= {"host": host, "port": port, "user": user, "database": given["db_name"]}
+    log.info("connecting to %s:%d", host, port)
     if password is None and not session.region_name:
         raise PurgeError("No AWS region: give --region, that of the database.", USAGE)
     if password is None:
-        password = session.client("rds").generate_db_auth_token(*address)
-    return connect(*address, given["db_name"], password, tls)
+        password = session.client("rds").generate_db_auth_token(host, port, user)
+    return connect(settings | {"password": password.encode()})
 
 
 def table_place(given: dict[str, Any]) -> tuple[str, str]:
