@@ -827,7 +827,7 @@ class Bucket:
 
     def __init__(self, session: boto3.Session, report: Report, workers: int, stop: Stop) -> None:
         self.name, self.prefix = report.bucket, report.prefix
-        self.workers, self._report, self._stop = workers, report, stop
+        self.workers, self._report, self.stop = workers, report, stop
         self._counting, self._thread = threading.Lock(), threading.local()
         self._read = self._client(session, LIST_TIMEOUT, attempts=5)
         # A delete is not repeated by botocore: each try needs a new re-check of its own.
@@ -858,7 +858,7 @@ class Bucket:
             message = f"its re-check was {age:.0f} s old when it would have left"
             raise PurgeError(message, code="NotSent")
         if not deletes:
-            self._stop.check()
+            self.stop.check()
         with self._counting:
             report.requests["list"] += operation.startswith("List")
             report.requests["delete"] += deletes
@@ -1370,10 +1370,8 @@ class Rounds:
     round. In an undo there are no `jobs`, and nothing to re-check.
     """
 
-    def __init__(
-        self, bucket: Bucket, ledger: Ledger, stop: Stop, pace: Pace, jobs: JobTable | None
-    ) -> None:
-        self._bucket, self._ledger, self._stop, self._pace = bucket, ledger, stop, pace
+    def __init__(self, bucket: Bucket, ledger: Ledger, pace: Pace, jobs: JobTable | None) -> None:
+        self._bucket, self._ledger, self._stop, self._pace = bucket, ledger, bucket.stop, pace
         self._jobs, self._advised, self._start = jobs, False, len(bucket.prefix)
         self._scans = jobs is not None and not jobs.indexed
         self._pending: dict[Candidate, Tried] = {}  # of the round, without an end yet
@@ -1852,7 +1850,7 @@ def carry_out(given: dict[str, Any], ledger: Ledger, stop: Stop) -> None:
                 connection = stack.enter_context(closing(log_in(session, given)))
                 jobs, candidates = prepare_purge(bucket, ledger, connection, given)
         if not dry_run:
-            rounds = Rounds(bucket, ledger, stop, Pace(given["max_rate"]), jobs)
+            rounds = Rounds(bucket, ledger, Pace(given["max_rate"]), jobs)
             rounds.run(candidates, given["delete_jobs"])
 
 

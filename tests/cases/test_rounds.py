@@ -89,8 +89,8 @@ TROUBLES = {"table": rp.PurgeError("gone"), "stop": rp.Interrupted(), "thread": 
 
 def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any) -> None:
     """In small batches and rounds, without pauses. `comes` raises when a trouble does."""
-    stop, start = rp.Stop(), threading.Thread.start
-    stop.check = lambda: comes("stop")
+    bucket.stop, start = rp.Stop(), threading.Thread.start
+    bucket.stop.check = lambda: comes("stop")
 
     def referenced(names: set[str]) -> dict[str, rp.Reference]:
         comes("table")
@@ -105,7 +105,7 @@ def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any) ->
     sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 900, "FIRST_PAUSE": 0, "LAST_PAUSE": 0}
     threads = patch.object(threading.Thread, "start", start_or_not)
     with patch.multiple(rp, **sizes), patch.object(rp.log, "disabled", True), threads:
-        rp.Rounds(bucket, bucket.book, stop, rp.Pace(0), jobs).run(rp.Spool(plan))
+        rp.Rounds(bucket, bucket.book, rp.Pace(0), jobs).run(rp.Spool(plan))
 
 
 SOME = st.lists(st.sampled_from(MOODS), min_size=1, max_size=8)
