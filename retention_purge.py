@@ -1575,9 +1575,8 @@ def read_audit_log(path: Path) -> sqlite3.Connection:
     log."""
     fields = ["event", "run_id", "time", "bucket", "key", "reason", "size", "last_modified"]
     fields += ["version_id", "s3_lead_seconds"]
-    events, number = sqlite3.connect("", isolation_level=None, check_same_thread=False), 0
-    for sql in ("PRAGMA journal_mode = OFF", "BEGIN", f"CREATE TABLE events ({','.join(fields)})"):
-        events.execute(sql)
+    events, number = sqlite3.connect(""), 0
+    events.execute(f"CREATE TABLE events ({','.join(fields)})")
     sql = f"INSERT INTO events VALUES ({', '.join('?' for _ in fields)})"
     try:
         with path.open("rb") as file:
@@ -1602,10 +1601,11 @@ def read_audit_log(path: Path) -> sqlite3.Connection:
 def choose_run(events: sqlite3.Connection, run_id: str | None, bucket: str) -> tuple[str, int]:
     """The run to undo, and of how many objects. Raises PurgeError if the log does not tell, or if
     it is one of another bucket."""
-    sql = "SELECT run_id, MIN(time), COUNT(DISTINCT key) FROM events WHERE event = 'delete' "
-    sql += "GROUP BY 1 ORDER BY 2"
-    found = {run: (since, count) for run, since, count in events.execute(sql)}
-    known = "; ".join(f"{since} {run} {count}" for run, (since, count) in found.items())
+    sql = "SELECT run_id, COUNT(DISTINCT key), MAX(bucket), MIN(time) FROM events "
+    sql += "WHERE event IN ('start', 'delete') GROUP BY 1 ORDER BY 4"
+    runs = {run: (count, place, since) for run, count, place, since in events.execute(sql)}
+    found = {run: facts for run, facts in runs.items() if facts[0]}
+    known = "; ".join(f"{since} {run} {count}" for run, (count, _, since) in found.items())
     if run_id is None and not found:
         message = "The audit log holds no run that deleted: there is nothing to undo."
         raise PurgeError(message, REFUSED)
@@ -1613,23 +1613,20 @@ def choose_run(events: sqlite3.Connection, run_id: str | None, bucket: str) -> t
         message = f"The audit log holds {len(found)} runs that deleted: name one with --run-id. "
         raise PurgeError(f"{message}Time, run id and objects of each: {known}.", REFUSED)
     chosen = run_id or next(iter(found))
-    sql = "SELECT bucket FROM events WHERE event = 'start' AND run_id = ?"
-    place = events.execute(sql, (chosen,)).fetchone()
-    if place != (bucket,):
-        of = f"of bucket {place[0]}, not {bucket}" if place else f"not in it. It holds: {known}"
+    count, place, _ = runs.get(chosen, (0, None, None))
+    if place != bucket:
+        of = f"of bucket {place}, not {bucket}" if place else f"not in it. It holds: {known}"
         message = f"The audit log is not of that run and bucket: run {chosen} is {of}."
         raise PurgeError(message, REFUSED)
-    return chosen, found.get(chosen, ("", 0))[1]
+    return chosen, count
 
 
 def intents_of(events: sqlite3.Connection, run_id: str) -> Iterator[Intent]:
     """Each key that the run meant to delete, once; moments are corrected to S3's clock."""
     sql = "SELECT s3_lead_seconds FROM events WHERE event = 'plan' AND run_id = ?"
     (lead,) = events.execute(sql, (run_id,)).fetchone() or (0,)
-    sql = (
-        "SELECT key, reason, size, last_modified, MIN(time), MAX(version_id) FROM events "
-        "WHERE run_id = ? AND event IN ('delete', 'deleted') GROUP BY key"
-    )
+    sql = "SELECT key, reason, size, last_modified, MIN(time), MAX(version_id) FROM events "
+    sql += "WHERE run_id = ? AND event IN ('delete', 'deleted') GROUP BY key"
     for *known, since, marker in events.execute(sql, (run_id,)):
         yield Candidate(*known), datetime.fromisoformat(since) + timedelta(seconds=lead), marker
 
