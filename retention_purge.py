@@ -72,11 +72,9 @@ from xml.etree import ElementTree
 import boto3
 import click
 import pymysql
+from botocore import exceptions as aws
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-from botocore.exceptions import ConnectionError as NoConnection
 from botocore.parsers import ResponseParserError
-from pymysql.cursors import SSCursor
 
 T = TypeVar("T")
 Record = TypeVar("Record", bound=tuple[Any, ...])
@@ -658,7 +656,7 @@ class JobTable:
         self._connection._read_timeout = PLAN_TIMEOUT  # PyMySQL applies it at its next read
         sql = f"SELECT {self._references} {self._from} GROUP BY 1 ORDER BY 1"
         with database_errors(f"Cannot read {self.name}"):
-            cursor = self._connection.cursor(SSCursor)
+            cursor = self._connection.cursor(pymysql.cursors.SSCursor)
             try:
                 cursor.execute(sql)
                 for name, jobs, expired in cursor:
@@ -1004,7 +1002,7 @@ class Bucket:
     def _delete_single(self, name: Any) -> Verdict:
         try:
             answer = self._write.delete_object(Bucket=self.name, **name)
-        except ClientError as error:  # a verdict on this key, not on the request as a whole
+        except aws.ClientError as error:  # a verdict on this key, not on the request as a whole
             facts = error.response.get("Error", {})
             return Verdict(facts.get("Code") or "unknown", facts.get("Message", ""))
         return Verdict(marker=answer.get("VersionId"))
@@ -1085,13 +1083,13 @@ def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
     `right` is the IAM permission that it takes."""
     try:
         yield
-    except ClientError as error:
+    except aws.ClientError as error:
         facts = error.response.get("Error", {})
         code, message = facts.get("Code") or "unknown", facts.get("Message") or ""
         advice = f"The AWS identity needs {right}." if code == "AccessDenied" else ""
         advice = advice or BUCKET_ADVICE.get(code, "")
         raise PurgeError(f"{doing}: {code}: {message.rstrip('.')}. {advice}", code=code) from error
-    except (HTTPClientError, NoConnection, ResponseParserError) as error:
+    except (aws.HTTPClientError, aws.ConnectionError, ResponseParserError) as error:
         raise PurgeError(f"{doing}: {error}", code="NoAnswer") from error
 
 
@@ -1818,7 +1816,7 @@ def outcome(action: Callable[[], None]) -> PurgeError | None:
     except PurgeError as error:
         log.debug("stopped", exc_info=True)
         return error
-    except BotoCoreError as error:
+    except aws.BotoCoreError as error:
         usage = type(error).__name__ in ("ProfileNotFound", "NoCredentialsError", "NoRegionError")
         advice = f"{str(error).rstrip('.')}. Check AWS credentials, --profile, --region."
         return PurgeError(advice, USAGE if usage else FAILED)
