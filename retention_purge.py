@@ -1195,15 +1195,14 @@ def in_units(count: int, what: str) -> str:
     return f" ({count / 1024**unit:.1f} {'KMGT'[unit - 1]}iB)" if unit else ""
 
 
-def watched(
-    items: Iterable[T], phase: str, total: int | None = None, minutely: Callable[[], Any] = list
-) -> Iterator[T]:
+def watched(items: Iterable[T], phase: str, total: int = 0, minutely: Any = list) -> Iterator[T]:
     """The same items. Says on standard error how far they are, and how fast: with a progress bar on
-    a terminal, otherwise (a cron log) with a line a minute. Calls `minutely` as often."""
+    a terminal, otherwise (a cron log) with a line a minute. Calls `minutely` as often. `total` is 0
+    if it is not known."""
     started = told = time.monotonic()
     shows = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
     settings: dict[str, Any] = {"show_pos": True, "item_show_func": str, "file": sys.stderr}
-    with click.progressbar(repeat(""), total, phase, hidden=not shows, **settings) as bar:
+    with click.progressbar(repeat(""), total or None, phase, hidden=not shows, **settings) as bar:
         for count, item in enumerate(items, 1):
             if count % 100 == 0 or count == total:
                 now = time.monotonic()
@@ -1927,8 +1926,7 @@ def make_plan(bucket: Bucket, jobs: JobTable, policy: Policy, totals: Totals) ->
         return not jobs.can_hold(name) or any(map(references.has, keys))
 
     pairs = outer_join(references, bucket.objects(references, whole))
-    total = None if whole else len(references)
-    pairs = watched(pairs, "listing", total, minutely=jobs.ping)
+    pairs = watched(pairs, "listing", 0 if whole else len(references), minutely=jobs.ping)
     candidates = Spool(plan(pairs, policy, totals, is_doubtful))
     planned = totals.planned
     log.info("planned: %d objects, %d bytes", planned.objects, planned["bytes"])
