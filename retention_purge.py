@@ -1314,6 +1314,8 @@ def facts_of(item: Candidate) -> dict[str, Any]:
 
 # --- Rounds: the plan is carried out --------------------------------------------------------------
 
+NOT_SENT = Verdict("NotSent", "the run stopped before its request left")
+
 
 class Pace:
     """When the next request may leave. All leave through one thread, so all workers ease off alike.
@@ -1344,9 +1346,6 @@ class Pace:
         elif self._clock() >= self._until:
             self._pause = min(max(self._pause * 2, FIRST_PAUSE), LAST_PAUSE)
             self._until = self._clock() + self._pause * random.uniform(0.5, 1)
-
-
-NOT_SENT = Verdict("NotSent", "the run stopped before its request left")
 
 
 @dataclass(slots=True)
