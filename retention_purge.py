@@ -1196,9 +1196,8 @@ def in_units(count: int, what: str) -> str:
 
 
 def watched(items: Iterable[T], phase: str, total: int = 0, minutely: Any = list) -> Iterator[T]:
-    """The same items. Says on standard error how far they are, and how fast: with a progress bar on
-    a terminal, otherwise (a cron log) with a line a minute. Calls `minutely` as often. `total` is 0
-    if it is not known."""
+    """The same items, `total` if known. Says on standard error how far they are, and how fast: by a
+    progress bar on a terminal, else (a cron log) by a line a minute. Calls `minutely` as often."""
     started = told = time.monotonic()
     shows = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
     settings: dict[str, Any] = {"show_pos": True, "item_show_func": str, "file": sys.stderr}
@@ -1236,8 +1235,7 @@ class Ledger:
     def start(self, path: Path, settings: dict[str, Any]) -> None:
         """Raises PurgeError if the file cannot be appended to."""
         try:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._file = io.FileIO(os.open(path, flags, 0o600), "a+")
+            self._file = io.FileIO(path, "a+", opener=lambda name, how: os.open(name, how, 0o600))
             if self._file.seek(0, os.SEEK_END):
                 self._file.seek(-1, os.SEEK_END)
                 if self._file.read() != b"\n":  # a run that was killed left its last line cut
