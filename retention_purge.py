@@ -1990,19 +1990,19 @@ def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> 
 
 def finish(ledger: Ledger, given: dict[str, Any]) -> None:
     """Tell how it went: audit log, standard output and error, all with the same exit code."""
-    report, terminal = ledger.report, sys.stderr.isatty()
-    with suppress(OSError):
-        ledger.tell_causes()
+    report = ledger.report
+    ledger.tell_causes()
     report.end(outcome(ledger.end))
     error = outcome(lambda: show_summary(report, given))
     if error is not None and report.error is None:
         report.end(error)
         outcome(ledger.end)  # the last `end` counts
     if report.error is not None:
-        stamp, run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} ", f" (run {report.run_id})"
         line = f"Error: {report.error}"
+        if not sys.stderr.isatty():
+            line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line} (run {report.run_id})"
         with suppress(OSError):
-            click.echo(line if terminal else f"{stamp}{line}{run}", err=True)
+            click.echo(line, err=True)
 
 
 def show_summary(report: Report, given: dict[str, Any]) -> None:
