@@ -596,9 +596,10 @@ class JobTable:
     """The job table over one connection, with `cutoff` deciding which jobs are expired. Only
     `delete` writes. All methods raise PurgeError."""
 
-    def __init__(self, connection: Any, place: tuple[str, str], cutoff: datetime) -> None:
-        self._connection, self.name = connection, ".".join(place)
-        self._from = "FROM " + ".".join("`" + part.replace("`", "``") + "`" for part in place)
+    def __init__(self, connection: Any, name: str, cutoff: datetime) -> None:
+        self._connection, self.name = connection, name
+        schema, _, table = name.replace("`", "``").rpartition(".")  # a schema may have dots
+        self._from = f"FROM `{schema}`.`{table}`"
         moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
         in_time = f"`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}'"
         # "This job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0.
@@ -1745,7 +1746,8 @@ def main(**given: Any) -> None:
     stop, undoes, dry_run = Stop(), given["undo"] is not None, given["dry_run"]
     report = Report(bucket=given["bucket"], prefix=given["prefix"])
     report.mode = ("undo-" * undoes + "dry-run") if dry_run else "undo" if undoes else "purge"
-    report.table = None if undoes else ".".join(table_place(given))
+    schema = "" if "." in given["db_table"] else f"{given['db_name']}."
+    report.table = None if undoes else schema + given["db_table"]
     ledger = Ledger(report)
     try:
         stop.listen()
@@ -1860,12 +1862,6 @@ def log_in(session: boto3.Session, given: dict[str, Any]) -> Any:
     return connect(settings | {"password": password.encode()})
 
 
-def table_place(given: dict[str, Any]) -> tuple[str, str]:
-    """Schema and name of the job table."""
-    first, dot, second = given["db_table"].partition(".")
-    return (first, second) if dot else (given["db_name"], first)
-
-
 def policy_of(given: dict[str, Any], now: datetime) -> Policy:
     """The rules at the moment `now` of the database's clock (aware UTC). Raises PurgeError for
     `--as-of` in the future, where jobs would expire before their time."""
@@ -1881,15 +1877,15 @@ def prepare_purge(
     bucket: Bucket, ledger: Ledger, connection: Any, given: dict[str, Any]
 ) -> tuple[JobTable, Spool[Candidate]]:
     """All of a run that only reads: lock, plan, guards. Raises PurgeError if it may not go on."""
-    report, place, totals = ledger.report, table_place(given), Totals()
+    report, table, totals = ledger.report, str(ledger.report.table), Totals()
     if not given["dry_run"]:
-        take_lock(connection, bucket.name, bucket.prefix, ".".join(place))
+        take_lock(connection, bucket.name, bucket.prefix, table)
     ((now,),) = query(connection, "Cannot ask the database's clock", "SELECT UTC_TIMESTAMP(6)")
     now = now.replace(tzinfo=UTC)
     clocks = clock_refusals(now - datetime.now(UTC), bucket.s3_lead)
     policy = policy_of(given, now)
     report.cutoff = policy.cutoff.isoformat()
-    jobs = JobTable(connection, place, policy.cutoff)
+    jobs = JobTable(connection, table, policy.cutoff)
     candidates = make_plan(bucket, jobs, policy, totals)
     report.plan(totals, given["orphans"], policy.rows)
     # How far S3's clock is ahead tells an undo which markers are younger than an intent.
