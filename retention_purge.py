@@ -705,12 +705,9 @@ class JobTable:
         escaped = self._connection.escape
         ids = ",".join(escaped(job_id) for job_id, _, _ in rows)
         pairs = ",".join(f"({escaped(job_id)},{escaped(name)})" for job_id, _, name in rows)
+        which = f"WHERE `jobId` IN ({ids}) AND {self._expired} AND ({ID}, {NAME}) IN ({pairs})"
         with database_errors(f"Cannot delete from {self.name}"):
-            deleted: int = self._connection.cursor().execute(
-                f"DELETE {self._from} WHERE `jobId` IN ({ids}) AND {self._expired} "
-                f"AND ({ID}, {NAME}) IN ({pairs})"
-            )
-        return deleted
+            return int(self._connection.cursor().execute(f"DELETE {self._from} {which}"))
 
     def row_refusals(self) -> Iterator[str]:
         """Why job rows cannot be deleted, if so. EXPLAIN asks for the rights of the statement that
