@@ -1890,8 +1890,7 @@ def prepare_purge(
     reasons = [*clocks, *refusals(totals, policy, given["max_objects"], given["max_percent"])]
     reasons += wrong_place(totals, jobs, bucket)
     reasons += jobs.row_refusals() if policy.rows else []
-    if given["dry_run"]:
-        show_plan(candidates, given)
+    show_plan(candidates, given)
     if reasons:
         raise PurgeError(f"Refused, nothing was deleted: {'; '.join(reasons)}.", REFUSED)
     if given["manifest"]:
@@ -1950,14 +1949,13 @@ def prepare_undo(bucket: Bucket, ledger: Ledger, given: dict[str, Any]) -> Spool
     intents = watched(intents_of(events, chosen), "looking for delete markers", count)
     candidates = Spool(plan_undo(intents, bucket, totals, ledger))
     report.plan(totals)
-    if given["dry_run"]:
-        show_plan(candidates, given)
+    show_plan(candidates, given)
     return candidates
 
 
 def show_plan(candidates: Iterable[Candidate], given: dict[str, Any]) -> None:
-    """Print what a real run would do: reason, bytes, last modified, key."""
-    if given["json"] or given["quiet"]:
+    """In a dry run, print what a real one would do: reason, bytes, last modified, key."""
+    if not given["dry_run"] or given["json"] or given["quiet"]:
         return
     objects = (item for item in candidates if item.reason in OF_OBJECTS)
     lines = (f"{why}\t{size}\t{at}\t{printable(key)}" for key, why, size, at, _ in objects)
