@@ -637,13 +637,11 @@ class JobTable:
 
     def can_hold(self, name: str) -> bool:
         """Whether `sourceData` can spell the name: if not, a job of it stands there mangled."""
-        try:
-            name.encode(CHARSETS[self._charset])
-        except UnicodeEncodeError:
-            return False
+        codec = CHARSETS[self._charset]
+        spelt = name.encode(codec, "ignore").decode(codec) == name
         narrow = self._charset in ("utf8", "utf8mb3") and max(name) > "\uffff"
         stripped = self._strips and name.endswith(" ")
-        return len(name) <= self._length and not narrow and not stripped
+        return spelt and len(name) <= self._length and not narrow and not stripped
 
     def references(self) -> Iterator[Reference]:
         """Each distinct `sourceData`, in byte order, its jobs and expired jobs.
