@@ -1898,7 +1898,7 @@ def prepare_purge(
 
 def make_plan(bucket: Bucket, jobs: JobTable, policy: Policy, totals: Totals) -> Spool[Candidate]:
     """Read the table, list what the policy needs of the bucket, merge, and keep the plan."""
-    whole, start = policy.orphans_before is not None, len(policy.prefix)
+    whole = policy.orphans_before is not None
     log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
     references = Spool(watched(read_references(jobs, policy, totals), "reading references"))
     log.info("%d keys are expired, %d stay; listing the bucket", totals.expired, totals.remaining)
@@ -1906,16 +1906,14 @@ def make_plan(bucket: Bucket, jobs: JobTable, policy: Policy, totals: Totals) ->
     def is_doubtful(key: str) -> bool:
         """Whether a job may mean this orphan: its column cannot hold the name, or it holds another
         Unicode normalisation of it."""
-        name = key[start:]
-        forms = {normalize(form, name) for form in ("NFC", "NFD")} - {name}
-        keys = [policy.prefix + form for form in forms]
+        name = key.removeprefix(policy.prefix)
+        keys = {policy.prefix + normalize(form, name) for form in ("NFC", "NFD")} - {key}
         return not jobs.can_hold(name) or any(map(references.has, keys))
 
     pairs = outer_join(references, bucket.objects(references, whole))
     pairs = watched(pairs, "listing", 0 if whole else len(references), minutely=jobs.ping)
     candidates = Spool(plan(pairs, policy, totals, is_doubtful))
-    planned = totals.planned
-    log.info("planned: %d objects, %d bytes", planned.objects, planned["bytes"])
+    log.info("planned: %d objects, %d bytes", totals.planned.objects, totals.planned["bytes"])
     if whole and totals.dangling:
         log.warning("%d keys of remaining jobs have no object: lost data?", totals.dangling)
     if totals.doubtful:
