@@ -81,6 +81,8 @@ Record = TypeVar("Record", bound=tuple[Any, ...])
 log = logging.getLogger("retention_purge")
 
 VERSION = "2.0.0"
+# Exit codes; 75 is EX_TEMPFAIL of sysexits.h.
+FAILED, USAGE, REFUSED, SOME_FAILED, LOCKED = 1, 2, 3, 4, 75
 CA_BUNDLE_URL = "https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem"
 DEFAULT_CA_BUNDLE = Path(__file__).resolve().parent / "rds-ca-bundle.pem"
 VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
@@ -134,9 +136,6 @@ DOUBTFUL |= {"InvalidAnswer", "NoAnswer"}
 
 
 # --- Errors and stop signals ----------------------------------------------------------------------
-
-# Exit codes; 75 is EX_TEMPFAIL of sysexits.h.
-FAILED, USAGE, REFUSED, SOME_FAILED, LOCKED = 1, 2, 3, 4, 75
 
 
 class PurgeError(click.ClickException):
