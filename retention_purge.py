@@ -1362,8 +1362,6 @@ class Rounds:
         self._bucket, self._ledger, self._stop, self._pace = bucket, ledger, bucket.stop, pace
         self._jobs, self._advised, self._start = jobs, False, len(bucket.prefix)
         self._scans = jobs is not None and not jobs.indexed
-        self._pending: dict[Candidate, Tried] = {}  # of the round, without an end yet
-        self._gone: set[str] = set()  # names whose object was deleted in the round
         self._in_flight = 0
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _request, for _settle
 
@@ -1395,8 +1393,9 @@ class Rounds:
         yield items
 
     def _round(self, items: list[Candidate]) -> None:
+        # Keys of the round without an end yet; names whose object was deleted in it.
         self._pending = {item: Tried() for item in items if item.reason in OF_OBJECTS}
-        self._gone = set()
+        self._gone = set[str]()
         try:
             while self._pending:
                 self._attempt()
