@@ -230,7 +230,8 @@ class Candidate(NamedTuple):
 
 
 OF_OBJECTS = {Reason.EXPIRED, Reason.ORPHAN}
-Pair = tuple[Reference | None, S3Object | None]
+Pairs = Iterable[tuple[Reference | None, S3Object | None]]
+Plan = Iterator[Candidate]
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ def ascending(items: Iterable[Record], source: str, last: str | None = None) -> 
         yield item
 
 
-def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> Iterator[Pair]:
+def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> Pairs:
     """Pair two streams by key, in constant memory; None where a side lacks the key. Raises
     PurgeError where the listing does not ascend: a referenced object would pass for an orphan."""
     streams: list[Iterable[Any]] = [references, ascending(objects, "bucket's listing")]
@@ -319,9 +320,7 @@ def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> 
         yield sides.get(Reference), sides.get(S3Object)
 
 
-def plan(
-    pairs: Iterable[Pair], policy: Policy, totals: Totals, is_doubtful: Callable[[str], bool]
-) -> Iterator[Candidate]:
+def plan(pairs: Pairs, policy: Policy, totals: Totals, is_doubtful: Callable[[str], bool]) -> Plan:
     """What may go, in key order; `totals` grows as the plan is drawn. `is_doubtful` tells the keys
     of orphans that a job may mean, though it spells them otherwise."""
     for reference, item in pairs:
@@ -1618,9 +1617,7 @@ def intents_of(events: sqlite3.Connection, run_id: str) -> Iterator[Intent]:
         yield Candidate(*known), datetime.fromisoformat(since) + timedelta(seconds=lead), marker
 
 
-def plan_undo(
-    intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger: Ledger
-) -> Iterator[Candidate]:
+def plan_undo(intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger: Ledger) -> Plan:
     """The delete markers to remove: each hides its key, is the run's, and has a version below.
     Anything else is left alone, and counted."""
     for chunk in chunks(intents, PAGE):
