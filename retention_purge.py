@@ -1767,11 +1767,10 @@ def check_usage(given: dict[str, Any]) -> None:
         check(bool(os.environ[name].strip()), f"{name} is empty: give it a value, or unset it.")
     for name in NEEDED[3 if given["undo"] else 0 :]:
         check(given[name] is not None, f"Missing option '--{name.replace('_', '-')}'.")
-    bucket, table = given["bucket"], given["db_table"]
-    fine = re.fullmatch(NAME_OF_A_BUCKET, bucket)
-    check(fine, f"--bucket: {bucket!r} is not a bucket name; a path goes into --prefix.")
-    fine = re.fullmatch(r"[^.]+(\.[^.]+)?", table)
-    check(fine, f"--db-table: {table!r} is neither TABLE nor SCHEMA.TABLE.")
+    fine = re.fullmatch(NAME_OF_A_BUCKET, given["bucket"])
+    check(fine, f"--bucket: {given['bucket']!r} is not a bucket name; a path goes into --prefix.")
+    fine = re.fullmatch(r"[^.]+(\.[^.]+)?", given["db_table"])
+    check(fine, f"--db-table: {given['db_table']!r} is neither TABLE nor SCHEMA.TABLE.")
     check(not given["run_id"] or given["undo"] is not None, "--run-id goes with --undo.")
     if target := given["manifest"]:
         try:
