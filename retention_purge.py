@@ -104,9 +104,9 @@ SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys
 WRONG_PLACE = "--bucket, --prefix or --db-table must be wrong"
 MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
 # Seconds. A login and a re-check may not take long; the grouped query may sort for an hour before
-# its first row. A row lock is awaited for less than the read timeout, or a DELETE given up here
+# its first row. A lock on a row, or on the table, is awaited for less, or a DELETE given up here
 # would take effect there. The longer a delete is awaited, the rarer one that S3 carries out later.
-CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT, LOCK_TIMEOUT = 10, 3600, 40, 8
+CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT, LOCK_TIMEOUT = 10, 3600, 40, 5
 LIST_TIMEOUT, DELETE_TIMEOUT = 30, 60
 # Seconds: a request whose re-check is older does not leave the machine; a re-check that takes
 # longer than DEAR is worth the advice to make an index.
@@ -479,8 +479,8 @@ class Spool(Generic[Record]):
 # still there.
 SESSION = (
     "SET time_zone = '+00:00', sql_select_limit = 18446744073709551615, sql_mode = '', "
-    f"max_sort_length = 8192, wait_timeout = 86400, innodb_lock_wait_timeout = {LOCK_TIMEOUT}, "
-    "sql_safe_updates = 0, sql_big_selects = 1",
+    "max_sort_length = 8192, wait_timeout = 86400, sql_safe_updates = 0, sql_big_selects = 1, "
+    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT}, lock_wait_timeout = {LOCK_TIMEOUT}",
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
 )
 # SQL for the UTF-8 bytes of a text column: equal only if identical, and ordered as in S3.

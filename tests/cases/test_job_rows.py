@@ -121,13 +121,21 @@ def test_a_row_that_changed_after_it_was_read_stays(world, column):
     assert rows_of(world.box, "incoming_000036", "2020-01-01") == 1
 
 
-def test_a_row_that_another_transaction_holds_ends_the_run_and_stays(world):
-    options, held = (*AS_OF, "--delete-jobs", "--json"), "WHERE sourceData = 'incoming_000036'"
-    with open_change(world, f"SELECT * FROM {TABLE} {held} FOR UPDATE"):
+LOCKS = {
+    "row": f"SELECT * FROM {TABLE} WHERE sourceData = 'incoming_000036' FOR UPDATE",
+    "table": f"LOCK TABLES {TABLE} READ",  # as a dump does
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_rows_that_another_transaction_holds_end_the_run_and_stay(world, proxy, lock):
+    options = (*AS_OF, "--delete-jobs", "--json")
+    with world.box.database.admin(database=DATABASE, autocommit=False) as other:
+        during(proxy, "delete", lambda: other.cursor().execute(LOCKS[lock]))
         summary = world.purge(*options).summary
     assert (summary["exit_code"], summary["deleted"]["expired"]) == (1, 17)
-    assert "Another transaction held the rows for 8 seconds" in summary["error"]
-    assert 8 <= summary["seconds"] < 20
+    assert "Another transaction held the rows for 5 seconds" in summary["error"]
+    assert 5 <= summary["seconds"] < 20
     time.sleep(0.5)
     assert len(world.box.job_ids()) == 50, "what was given up must not take effect later"
     assert world.purge(*options).summary["jobs_deleted"] == 22

@@ -211,7 +211,7 @@ def test_the_undo_steps_bring_objects_and_rows_back(host: Host, below_prefix: li
     assert (len(box.live_keys()), len(box.job_ids())) == (31, 28)
 
     text = " ".join(README.partition("## Undo\n")[2].partition("\n## ")[0].split())
-    find, look, keep = re.findall("`(?:runuser .*? -- )?(grep [^`]+|/opt/[^`]+|UPDATE [^`]+)`", text)
+    find, look, keep = re.findall("`(?:runuser.*? )?(grep [^`]+|/opt/[^`]+|UPDATE [^`]+)`", text)
     assert run_id in host.shell(find).stdout
     look = look.replace("RUN-ID", run_id)
     assert (host.shell(look).stdout.count("\t"), len(box.live_keys())) == (3 * 17, 31)
