@@ -796,10 +796,11 @@ class Version(NamedTuple):
     is_latest: bool
     is_marker: bool
 
-    def hides_since(self, moment: datetime) -> bool:
-        """Whether it is a delete marker that hides its key, set not before `moment` of S3's clock.
-        S3 keeps whole seconds, and its clock is known to a second."""
-        return self.is_marker and self.is_latest and self.modified >= moment - timedelta(seconds=2)
+    def hides(self, since: datetime, until: datetime) -> bool:
+        """Whether it is a delete marker that hides its key, set between these moments of S3's
+        clock. S3 keeps whole seconds, and its clock is known to a second."""
+        in_time = since - timedelta(seconds=2) <= self.modified <= until
+        return self.is_marker and self.is_latest and in_time
 
 
 class Verdict(NamedTuple):
@@ -1507,7 +1508,8 @@ class Rounds:
         found = self._bucket.each(self._bucket.versions, [item.key for item, _ in lost])
         for (item, since), versions in zip(lost, found, strict=True):
             self._stop.check()
-            if since and versions and versions[0].hides_since(since + self._bucket.s3_lead):
+            now = datetime.now(UTC) + MAX_SKEW
+            if since and versions and versions[0].hides(since + self._bucket.s3_lead, now):
                 self._deleted(item, versions[0].version_id)
 
     def _give_up(self, tries: int) -> None:
@@ -1550,9 +1552,9 @@ class Rounds:
 
 # --- Undo -----------------------------------------------------------------------------------------
 
-# A key that a run meant to delete, first at what moment of S3's clock, and the delete marker that
-# the answer named, if one is on record.
-Intent = tuple[Candidate, datetime, str | None]
+# A key that a run meant to delete, between which moments of S3's clock it may have done so, and the
+# delete marker that the answer named, or the end without one, if it is on record.
+Intent = tuple[Candidate, tuple[datetime, datetime], str | None]
 
 
 def read_audit_log(path: Path) -> sqlite3.Connection:
@@ -1560,7 +1562,7 @@ def read_audit_log(path: Path) -> sqlite3.Connection:
     leaves, is skipped with a warning. Raises PurgeError if the file cannot be read, or is no audit
     log."""
     fields = ["event", "run_id", "time", "bucket", "key", "reason", "size", "last_modified"]
-    fields += ["version_id", "s3_lead_seconds"]
+    fields += ["version_id", "s3_lead_seconds", "code"]
     events, number = sqlite3.connect(""), 0
     events.execute(f"CREATE TABLE events ({','.join(fields)})")
     sql = f"INSERT INTO events VALUES ({', '.join('?' for _ in fields)})"
@@ -1608,13 +1610,18 @@ def choose_run(events: sqlite3.Connection, run_id: str | None, bucket: str) -> t
 
 
 def intents_of(events: sqlite3.Connection, run_id: str) -> Iterator[Intent]:
-    """Each key that the run meant to delete, once; moments are corrected to S3's clock."""
-    sql = "SELECT s3_lead_seconds FROM events WHERE event = 'plan' AND run_id = ?"
-    (lead,) = events.execute(sql, (run_id,)).fetchone() or (0,)
-    sql = "SELECT key, reason, size, last_modified, MIN(time), MAX(version_id) FROM events "
-    sql += "WHERE run_id = ? AND event IN ('delete', 'deleted') GROUP BY key"
+    """Each key that the run meant to delete, once; moments are corrected to S3's clock. What has no
+    answer on record was done within minutes after the run's last line, or not at all."""
+    sql = "SELECT MAX(time), COALESCE(MAX(s3_lead_seconds), 0) FROM events WHERE run_id = ?"
+    ((last, seconds),) = events.execute(sql, (run_id,))
+    lead, doubtful = timedelta(seconds=seconds), ", ".join(f"'{code}'" for code in DOUBTFUL)
+    until = datetime.fromisoformat(last) + MAX_SKEW + lead
+    answer = f"CASE WHEN event = 'retained' OR code NOT IN ({doubtful}) THEN event ELSE version_id"
+    sql = f"SELECT key, reason, size, last_modified, MIN(time), MAX({answer} END) FROM events "
+    sql += "WHERE run_id = ? AND event IN ('delete', 'deleted', 'failed', 'retained') "
+    sql += "GROUP BY key HAVING MIN(event) = 'delete'"
     for *known, since, marker in events.execute(sql, (run_id,)):
-        yield Candidate(*known), datetime.fromisoformat(since) + timedelta(seconds=lead), marker
+        yield Candidate(*known), (datetime.fromisoformat(since) + lead, until), marker
 
 
 def plan_undo(intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger: Ledger) -> Plan:
@@ -1622,7 +1629,7 @@ def plan_undo(intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger:
     Anything else is left alone, and counted."""
     for chunk in chunks(intents, PAGE):
         found = bucket.each(bucket.versions, [item.key for item, *_ in chunk])
-        for (item, since, marker), versions in zip(chunk, found, strict=True):
+        for (item, during, marker), versions in zip(chunk, found, strict=True):
             latest, below = (*versions, None, None)[:2]
             if latest is not None and not latest.is_marker:
                 totals.missing += 1
@@ -1630,7 +1637,7 @@ def plan_undo(intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger:
                 ledger.retained(item, "no version lies right below a delete marker")
             elif latest.version_id == "null":
                 ledger.retained(item, "versioning was suspended: an object may take its place")
-            elif latest.version_id != marker and (marker or not latest.hides_since(since)):
+            elif latest.version_id != marker and (marker or not latest.hides(*during)):
                 ledger.retained(item, "somebody else's delete marker hides it")
             else:
                 totals.planned.add(item)

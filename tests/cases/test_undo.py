@@ -119,11 +119,17 @@ def test_it_works_from_a_log_whose_last_line_is_cut(world, path, cut):
 # --- What it leaves alone -------------------------------------------------------------------------
 
 
-def rewritten(path, kind: str, **facts: str) -> None:
-    """Change the events of KEY in a log that are of this kind, or else leave them out."""
-    found = [event for event in events(path) if event.get("key") != KEY]
-    found += [event | facts for event in events(path, kind) if event["key"] == KEY]
-    path.write_text("".join(json.dumps(event) + "\n" for event in found))
+def rewritten(path, kind: str, hours: int = 0, **facts: str | None) -> None:
+    """Change the events of KEY in a log that are of this kind, leave out its answer if it is of
+    another, and let all have been so many hours ago."""
+    lines = []
+    for event in events(path):
+        is_its, moment = event.get("key") == KEY, datetime.fromisoformat(event["time"])
+        new = {"time": (moment - timedelta(hours=hours)).isoformat()}
+        new |= facts if is_its and event["event"] == kind else {}
+        if not is_its or event["event"] in ("delete", kind):
+            lines.append(json.dumps(event | new) + "\n")
+    path.write_text("".join(lines))
 
 
 def set_by_somebody_else(world, path):
@@ -142,6 +148,18 @@ def older_than_the_intent(world, path):
     rewritten(path, "delete", time=(datetime.now(UTC) + timedelta(seconds=30)).isoformat())
 
 
+def set_long_after_the_run(world, path):
+    rewritten(path, "delete", hours=1)
+
+
+def refused_by_s3(world, path):
+    rewritten(path, "deleted", event="failed", code="AccessDenied", version_id=None)
+
+
+def kept_at_a_later_try(world, path):
+    rewritten(path, "deleted", event="retained", version_id=None)
+
+
 def without_a_version_below(world, path):
     for name in versions(world, KEY):
         world.box.s3().delete_object(Bucket=BUCKET, Key=KEY, VersionId=name)
@@ -152,6 +170,7 @@ def named_but_no_marker(world, path):
 
 
 CASES = [set_by_somebody_else, set_while_suspended, older_than_the_intent]
+CASES += [set_long_after_the_run, refused_by_s3, kept_at_a_later_try]
 CASES += [without_a_version_below, named_but_no_marker]
 
 
