@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRED, STALE = ROOT / "mutant-fired", ROOT / "mutant-stale"
-EARLY = datetime(2000, 1, 1, tzinfo=UTC)
+EARLY, LATE = datetime(2000, 1, 1, tzinfo=UTC), datetime(3000, 1, 1, tzinfo=UTC)
 EMPTY = b"<ListBucketResult><Name>bucket</Name><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
 Patch = Callable[[dict[str, Any]], None]  # of the script's names
 
@@ -168,8 +168,10 @@ MUTANTS: list[tuple[str, str, Patch, str, str]] = [
     ("7", "a password goes anywhere", function("tls_settings", lambda original, bundle, local: original(bundle, True)), "database", "loopback_only"),
     ("8 again", "an answer that is lost stacks a marker", function("Bucket.versions", lambda *_: []), "undo", "stacks_no_marker and lost"),
     ("8 undo", "it knows answers alone", function("plan_undo", lambda original, known, *more: original((each for each in known if each[2]), *more)), "undo", "crash"),
-    ("8 undo", "it takes somebody else's marker", function("plan_undo", lambda original, known, *more: original(((item, EARLY, None) for item, _, _ in known), *more)), "undo", "somebody_else"),
-    ("8 undo", "it takes an older marker", function("plan_undo", lambda original, known, *more: original(((item, EARLY, marker) for item, _, marker in known), *more)), "undo", "older_than"),
+    ("8 undo", "it takes somebody else's marker", function("plan_undo", lambda original, known, *more: original(((item, (EARLY, LATE), None) for item, _, _ in known), *more)), "undo", "somebody_else"),
+    ("8 undo", "it takes an older marker", function("plan_undo", lambda original, known, *more: original(((item, (EARLY, during[1]), marker) for item, during, marker in known), *more)), "undo", "older_than"),
+    ("8 undo", "it takes a later marker", function("plan_undo", lambda original, known, *more: original(((item, (during[0], LATE), marker) for item, during, marker in known), *more)), "undo", "long_after"),
+    ("8 undo", "it takes one though S3 refused", function("plan_undo", lambda original, known, *more: original(((item, during, None if marker in ("failed", "retained") else marker) for item, during, marker in known), *more)), "undo", "refused or kept"),
     ("8 undo", "it needs no version below", function("Bucket.versions", lambda original, *args: [each for found in original(*args) for each in (found, found._replace(is_marker=False))]), "undo", "without_a_version_below"),
     ("8 undo", "it takes the first of several runs", function("choose_run", lambda original, events, run_id, *more: original(events, run_id or events.execute("SELECT run_id FROM events WHERE event = 'delete'").fetchone()[0], *more)), "undo", "several_runs"),
     ("8 undo", "it takes the log of another bucket", function("choose_run", lambda original, events, run_id, bucket: original(events, run_id, events.execute("SELECT bucket FROM events WHERE event = 'start'").fetchone()[0])), "undo", "another_bucket"),
