@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from unittest.mock import patch
 
 import pytest
@@ -63,6 +64,18 @@ def test_each_pair_is_found_once_however_the_listing_is_cut(objects, wanted, who
         assert [*pairs(bucket, wanted, whole)] == expected(objects, wanted, whole)
     sought = [query.get("start-after", "") for query in bucket.asked]
     assert not any(map(rp.NOT_XML.search, sought)), "S3 could not repeat it in its answer"
+
+
+class ChangingBucket(LocalBucket):
+    """At each look another page has just shown what lies before, or behind, all objects."""
+
+    _gap = property(lambda self: next(self.gaps), lambda self, gap: None)
+
+
+def test_what_a_page_shows_to_be_empty_is_looked_at_once():
+    bucket = ChangingBucket().fill(N[:5000])
+    bucket.gaps = cycle([("", N[0]), (N[4999], rp.END)])
+    assert [*pairs(bucket, N[:5000:50], False)] == expected(N[:5000], N[:5000:50], False)
 
 
 # --- How many requests ----------------------------------------------------------------------------
