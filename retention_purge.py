@@ -103,11 +103,12 @@ BLOCK = 1000  # records in a block of a spool file
 SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys are missing
 WRONG_PLACE = "--bucket, --prefix or --db-table must be wrong"
 MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
-# Seconds. A login and a re-check may not take long; the grouped query may sort for an hour before
-# its first row. A lock on a row, or on the table, is awaited for less, or a DELETE given up here
-# would take effect there. The longer a delete is awaited, the rarer one that S3 carries out later.
+# Seconds. A login and a re-check may not take long, nor may a connection to S3, while the re-check
+# grows old; the grouped query may sort for an hour before its first row. A lock on a row or on the
+# table is awaited for less than an answer, or a DELETE given up here would take effect there. The
+# longer a delete is awaited, the rarer one that S3 carries out later.
 CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT, LOCK_TIMEOUT = 10, 3600, 40, 5
-LIST_TIMEOUT, DELETE_TIMEOUT = 30, 60
+S3_CONNECT_TIMEOUT, LIST_TIMEOUT, DELETE_TIMEOUT = 3, 30, 60
 # Seconds: a request whose re-check is older does not leave the machine; a re-check that takes
 # longer than DEAR is worth the advice to make an index.
 MAX_RECHECK_AGE, DEAR_RECHECK = 30, 0.5
@@ -829,7 +830,7 @@ class Bucket:
         config = Config(
             retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=4 * self.workers,
-            connect_timeout=CONNECT_TIMEOUT,
+            connect_timeout=S3_CONNECT_TIMEOUT,
             read_timeout=timeout,
             parameter_validation=False,  # half of the CPU of a DeleteObjects
         )
@@ -1084,7 +1085,7 @@ def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
         advice = advice or BUCKET_ADVICE.get(code, "")
         raise PurgeError(f"{doing}: {code}: {message.rstrip('.')}. {advice}", code=code) from error
     except (aws.HTTPClientError, aws.ConnectionError, ResponseParserError) as error:
-        raise PurgeError(f"{doing}: {error}", code="NoAnswer") from error
+        raise PurgeError(f"{doing} (check network, --region): {error}", code="NoAnswer") from error
 
 
 # --- Report: what is counted, printed, logged and returned ----------------------------------------
@@ -1100,8 +1101,8 @@ MEANINGS = {
     "dangling": " keys of remaining jobs have no object: it may be lost data",
 }
 ADVICE = {
-    "enabled": "The bucket is versioned: a delete hides an object, and frees its space when a\n"
-    "lifecycle rule expires old versions. Till then --undo AUDIT_LOG brings it back.",
+    "enabled": "The bucket is versioned: a delete hides an object; its space is freed when a\n"
+    "lifecycle rule expires old versions. Only a run with --audit-log can be undone.",
     "suspended": "Versioning is suspended: objects written since are gone once deleted, older\n"
     "ones are hidden behind a delete marker.",
     "restored": "The next purge deletes these keys again, unless its schedule is stopped or an\n"
@@ -1194,7 +1195,7 @@ def watched(items: Iterable[T], phase: str, total: int = 0, minutely: Any = list
     progress bar on a terminal, else (a cron log) by a line a minute. Calls `minutely` as often."""
     started = told = time.monotonic()
     shows = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-    settings: dict[str, Any] = {"show_pos": True, "item_show_func": str, "file": sys.stderr}
+    settings: Any = {"show_pos": True, "item_show_func": lambda rate: rate, "file": sys.stderr}
     with click.progressbar(repeat(""), total or None, phase, hidden=not shows, **settings) as bar:
         for count, item in enumerate(items, 1):
             if count % 100 == 0 or count == total:
@@ -1371,12 +1372,15 @@ class Rounds:
         Raises PurgeError, or Interrupted, if the run had to stop: what was in flight is finished
         and accounted for, the rest of the plan not attempted.
         """
-        progress = watched(repeat(None), "deleting" if self._jobs else "restoring", len(plan))
-        for items in self._cut(plan):
-            self._round(items)
-            if self._jobs is not None and rows:
-                self._delete_rows(items, self._jobs)
-            deque(islice(progress, len(items)), maxlen=0)
+
+        def ended() -> Iterator[Candidate]:
+            for items in self._cut(plan):
+                self._round(items)
+                if self._jobs is not None and rows:
+                    self._delete_rows(items, self._jobs)
+                yield from items
+
+        deque(watched(ended(), "deleting" if self._jobs else "restoring", len(plan)), maxlen=0)
 
     def _cut(self, plan: Iterable[Candidate]) -> Iterator[list[Candidate]]:
         """Cut the plan where the SQL, the memory or a re-check's age would grow too large."""
@@ -1410,7 +1414,7 @@ class Rounds:
     def _attempt(self) -> None:
         """One request for each key of the round that has no end yet, or none if it must stay, or if
         the re-check has grown too old to serve it."""
-        checked = self._recheck([*self._pending]) if self._scans else 0.0
+        checked = None
         for batch in batches([*self._pending]):
             while self._in_flight >= self._bucket.workers:
                 self._settle()
@@ -1418,8 +1422,8 @@ class Rounds:
                 time.sleep(self._pace.delay)
                 if self._jobs is not None and self._scans:
                     self._jobs.ping()  # the lock may be lost
-            if not self._scans:
-                checked = self._recheck(batch)
+            if checked is None or not self._scans:
+                checked = self._recheck([*self._pending] if self._scans else batch)
             elif time.monotonic() - checked > MAX_RECHECK_AGE:
                 break
             self._send([item for item in batch if item in self._pending], checked)
@@ -1570,7 +1574,7 @@ def read_audit_log(path: Path) -> sqlite3.Connection:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    event = json.loads(line)
+                    event = json.loads(line) if number > 1 or line[:1] == b"{" else {}
                 except ValueError:
                     log.warning("%s: line %d is cut; skipped", path, number)
                     continue
@@ -1581,7 +1585,7 @@ def read_audit_log(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         raise no_space(error) from error
     except Exception as error:
-        message = f"{path}, line {number}: not of an audit log of this tool."
+        message = f"{path}, line {number}: not of an audit log of this tool; is it compressed?"
         raise PurgeError(message, REFUSED) from error
     return events
 
@@ -1594,10 +1598,10 @@ def choose_run(events: sqlite3.Connection, run_id: str | None, bucket: str) -> t
     runs = {run: (count, place, since) for run, count, place, since in events.execute(sql)}
     found = {run: facts for run, facts in runs.items() if facts[0]}
     known = "; ".join(f"{since} {run} {count}" for run, (count, _, since) in found.items())
-    if run_id is None and not found:
+    if not run_id and not found:
         message = "The audit log holds no run that deleted: there is nothing to undo."
         raise PurgeError(message, REFUSED)
-    if run_id is None and len(found) > 1:
+    if not run_id and len(found) > 1:
         message = f"The audit log holds {len(found)} runs that deleted: name one with --run-id. "
         raise PurgeError(f"{message}Time, run id and objects of each: {known}.", REFUSED)
     chosen = run_id or next(iter(found))
@@ -1657,9 +1661,8 @@ def moment(text: str) -> datetime:
     raise click.BadParameter(f"{text!r} is not ISO 8601 since 1970, such as 2019-06-03T00:00:00Z.")
 
 
-NAME_OF_A_BUCKET = r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # or an access point's ARN
-PERCENT = click.FloatRange(0, 100)
-FILE, COUNT, DAYS = click.Path(path_type=Path), click.IntRange(0), click.IntRange(0, 36500)
+PERCENT, FILE = click.FloatRange(0, 100), click.Path(readable=False, path_type=Path)
+COUNT, DAYS = click.IntRange(0), click.IntRange(0, 36500)
 PORT, SOME_DAYS, THREADS = click.IntRange(1, 65535), click.IntRange(1, 36500), click.IntRange(1, 64)
 FLAG, BARE = {"is_flag": True}, {"allow_from_autoenv": False}  # BARE: no variable is read
 
@@ -1694,6 +1697,13 @@ OPTIONS: list[tuple[str, Any, Any, str]] = [
     ("--undo", BARE | {"type": FILE, "metavar": "AUDIT_LOG"}, None, "Bring back what one run hid."),
     ("--run-id", BARE | {"metavar": "ID"}, None, "The run to undo, if the log holds several."),
 ]  # fmt: skip
+# What must match as a whole, and what to say if it does not. A bucket may be an access point's ARN.
+HOST, PLACE = r"[^\s:/]+|[\da-f]*:[\da-f]*:[\da-f:.]*", r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+SPELLINGS = {
+    "db_host": (HOST, "is no host; a port goes into --db-port"),
+    "db_table": (r"[^.]+(\.[^.]+)?", "is neither TABLE nor SCHEMA.TABLE"),
+    "bucket": (PLACE, "is not a bucket name; a path goes into --prefix"),
+}
 NEEDED = ("db_host", "db_user", "db_name", "bucket")  # by a purge; by an undo only the last
 
 CONTEXT = {"auto_envvar_prefix": VARIABLES[:-1], "help_option_names": ["-h", "--help"]}
@@ -1773,11 +1783,10 @@ def check_usage(given: dict[str, Any]) -> None:
         check(name in known, f"{name} is no option's variable: do you mean {nearest}?")
         check(bool(os.environ[name].strip()), f"{name} is empty: give it a value, or unset it.")
     for name in NEEDED[3 if given["undo"] else 0 :]:
-        check(given[name] is not None, f"Missing option '--{name.replace('_', '-')}'.")
-    fine = re.fullmatch(NAME_OF_A_BUCKET, given["bucket"])
-    check(fine, f"--bucket: {given['bucket']!r} is not a bucket name; a path goes into --prefix.")
-    fine = re.fullmatch(r"[^.]+(\.[^.]+)?", given["db_table"])
-    check(fine, f"--db-table: {given['db_table']!r} is neither TABLE nor SCHEMA.TABLE.")
+        check(given[name], f"Missing option '--{name.replace('_', '-')}'.")
+    for name, (pattern, advice) in SPELLINGS.items():
+        fine = not given[name] or re.fullmatch(pattern, given[name])
+        check(fine, f"--{name.replace('_', '-')}: {given[name]!r} {advice}.")
     check(not given["run_id"] or given["undo"] is not None, "--run-id goes with --undo.")
     if target := given["manifest"]:
         try:

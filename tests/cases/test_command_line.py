@@ -15,6 +15,7 @@ from conftest import AS_OF, SCRIPT
 WRONG = [
     "--retention-days 0", "--orphan-grace-days -1", "--max-percent 101", "--workers 0", "surplus",
     "--as-of yesterday", "--db-table a.b.c", "--db-port 0", "--run-id 1",
+    "--db-host localhost:3306", "--db-host mysql://db", "--db-host=", "--bucket=", "--bucket a/b",
     "--profile no-such-profile", "--manifest /no/where --audit-log /no/./where",
 ]  # fmt: skip
 VARIABLES = {"DB_HOST": None, "DB_USER": None, "DB_NAME": None, "BUCKET": None}
@@ -25,7 +26,7 @@ VARIABLES |= {"DRYRUN": "1", "DRY_RUN": ""}
 def test_wrong_usage_is_one_line_and_exit_2(world, arguments):
     result = world.purge(*arguments.split())
     assert (result.code, result.out) == (2, "")
-    assert arguments.split()[0] in result.error
+    assert arguments.split()[0].rstrip("=") in result.error
 
 
 @pytest.mark.parametrize("variable", VARIABLES)

@@ -87,7 +87,7 @@ class WaywardBucket:
 TROUBLES = {"table": rp.PurgeError("gone"), "stop": rp.Interrupted(), "thread": RuntimeError()}
 
 
-def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any) -> None:
+def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any, **more: int) -> None:
     """In small batches and rounds, without pauses. `comes` raises when a trouble does."""
     bucket.stop, start = rp.Stop(), threading.Thread.start
     bucket.stop.check = lambda: comes("stop")
@@ -104,7 +104,7 @@ def carry_out(plan: Any, bucket: Any, answer: Any, indexed: bool, comes: Any) ->
     jobs: Any = SimpleNamespace(indexed=indexed, referenced=referenced, ping=lambda: comes("table"))
     sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 900, "FIRST_PAUSE": 0, "LAST_PAUSE": 0}
     threads = patch.object(threading.Thread, "start", start_or_not)
-    with patch.multiple(rp, **sizes), patch.object(rp.log, "disabled", True), threads:
+    with patch.multiple(rp, **sizes | more), patch.object(rp.log, "disabled", True), threads:
         rp.Rounds(bucket, bucket.book, rp.Pace(0), jobs).run(rp.Spool(plan))
 
 
@@ -163,6 +163,27 @@ def test_how_a_key_ends_is_told_exactly_once_be_it_expired_or_an_orphan(
     undone = {key for _, key, code in book.events if code in ("SlowDown", "NotSent")}
     assert not undone & bucket.late
     assert not finished or {tries[key] for key in undone} <= {5}
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_the_rate_is_waited_for_before_a_re_check_and_not_while_it_grows_old(indexed):
+    plan, book, told = (
+        [rp.Candidate(f"{PREFIX}{n}", "expired") for n in range(8)],
+        Book(rp.Report()),
+        list[str](),
+    )
+    bucket = WaywardBucket(["well"], book, random.Random(0), set())
+    bucket.workers = 1
+    real = bucket.delete
+    bucket.delete = lambda *args: (told.append("request"), real(*args))[1]
+
+    def answer(key: str) -> tuple[int, int]:
+        told.append("re-check")
+        return EXPIRED
+
+    with patch.object(rp.time, "sleep", lambda seconds: told.append("pause")):
+        carry_out(plan, bucket, answer, indexed, lambda kind: None, ROUND_KEYS=4)
+    assert told == 2 * ["pause", *4 * ["re-check"], "request"]
 
 
 def test_the_rate_is_kept_over_time_and_a_rest_saves_up_no_burst():
