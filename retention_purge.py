@@ -40,6 +40,7 @@ import logging
 import os
 import pickle
 import queue
+import random
 import re
 import signal
 import socket
@@ -1338,7 +1339,7 @@ class Pace:
             self._pause /= 2
         elif self._clock() >= self._until:
             self._pause = min(max(self._pause * 2, FIRST_PAUSE), LAST_PAUSE)
-            self._until = self._clock() + self._pause
+            self._until = self._clock() + self._pause * random.uniform(0.5, 1)  # jitter
 
 
 @dataclass(slots=True)
