@@ -1415,15 +1415,15 @@ class Rounds:
     def _attempt(self) -> None:
         """One request for each key of the round that has no end yet, or none if it must stay, or if
         the re-check has grown too old to serve it."""
-        checked = None
+        checked = 0.0
         for batch in batches([*self._pending]):
             while self._in_flight >= self._bucket.workers:
                 self._settle()
             with self._stop.reading():
                 time.sleep(self._pace.delay)
-                if self._jobs is not None and self._scans:
+                if checked and self._scans and self._jobs is not None:
                     self._jobs.ping()  # the lock may be lost
-            if checked is None or not self._scans:
+            if not checked or not self._scans:
                 checked = self._recheck([*self._pending] if self._scans else batch)
             elif time.monotonic() - checked > MAX_RECHECK_AGE:
                 break
