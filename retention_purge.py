@@ -60,9 +60,7 @@ from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from heapq import merge
 from itertools import chain, groupby, islice, repeat
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from unicodedata import normalize
@@ -316,10 +314,18 @@ def ascending(items: Iterable[Record], source: str, last: str | None = None) -> 
 def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> Pairs:
     """Pair two streams by key, in constant memory; None where a side lacks the key. Raises
     PurgeError where the listing does not ascend: a referenced object would pass for an orphan."""
-    streams: list[Iterable[Any]] = [references, ascending(objects, "bucket's listing")]
-    for _, pair in groupby(merge(*streams, key=itemgetter(0)), itemgetter(0)):
-        sides = {type(side): side for side in pair}
-        yield sides.get(Reference), sides.get(S3Object)
+    names, found = iter(references), ascending(objects, "bucket's listing")
+    reference, item = next(names, None), next(found, None)
+    while reference or item:
+        if item is None or (reference and reference.key < item.key):
+            yield reference, None
+            reference = next(names, None)
+        elif reference is None or item.key < reference.key:
+            yield None, item
+            item = next(found, None)
+        else:
+            yield reference, item
+            reference, item = next(names, None), next(found, None)
 
 
 def plan(pairs: Pairs, policy: Policy, totals: Totals, is_doubtful: Callable[[str], bool]) -> Plan:
@@ -657,8 +663,9 @@ class JobTable:
             cursor = self._connection.cursor(pymysql.cursors.SSCursor)
             try:
                 cursor.execute(sql)
-                for name, jobs, expired in cursor:
-                    yield Reference(name.decode(), jobs, expired)
+                while rows := cursor.fetchmany(BLOCK):  # half as dear as one by one
+                    for name, jobs, expired in rows:
+                        yield Reference(name.decode(), jobs, expired)
             finally:
                 # PyMySQL would first read all that is left. The connection is closed instead.
                 if cursor._result is not None:
