@@ -1288,8 +1288,9 @@ class Ledger:
         self._note("failed", item, {"code": verdict.code, "message": verdict.message})
 
     def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
-        with suppress(PurgeError):  # the next intent, or the end, will say so
-            self.write(event, [facts_of(item) | more])
+        if self._file is not None:
+            with suppress(PurgeError):  # the next intent, or the end, will say so
+                self.write(event, [facts_of(item) | more])
         if "message" in more:
             cause = " ".join(f"{event}: {': '.join(more.values())}".split())
             if len(self._causes) >= 20 and cause not in self._causes:
