@@ -48,6 +48,7 @@ def test_on_a_terminal_each_phase_has_a_progress_bar(world):
     shown = subprocess.check_output(command, env=world.environment(TERM="xterm"), text=True)
     for pattern in ("reading references", "listing", "deleting", "17/17", r"[\d,]+/s"):
         assert re.search(pattern, shown)
+    assert "None" not in shown
 
 
 def test_a_cron_log_gets_a_line_a_minute_at_most(monkeypatch, caplog):
