@@ -121,17 +121,15 @@ def test_a_row_that_changed_after_it_was_read_stays(world, column):
     assert rows_of(world.box, "incoming_000036", "2020-01-01") == 1
 
 
-LOCKS = {
-    "row": f"SELECT * FROM {TABLE} WHERE sourceData = 'incoming_000036' FOR UPDATE",
-    "table": f"LOCK TABLES {TABLE} READ",  # as a dump does
-}
+LOCKS = [f"SELECT * FROM {TABLE} WHERE sourceData = 'incoming_000036' FOR UPDATE"]
+LOCKS += [f"LOCK TABLES {TABLE} READ"]  # as a dump does
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", LOCKS, ids=["row", "table"])
 def test_rows_that_another_transaction_holds_end_the_run_and_stay(world, proxy, lock):
     options = (*AS_OF, "--delete-jobs", "--json")
     with world.box.database.admin(database=DATABASE, autocommit=False) as other:
-        during(proxy, "delete", lambda: other.cursor().execute(LOCKS[lock]))
+        during(proxy, "delete", lambda: other.cursor().execute(lock))
         summary = world.purge(*options).summary
     assert (summary["exit_code"], summary["deleted"]["expired"]) == (1, 17)
     assert "Another transaction held the rows for 5 seconds" in summary["error"]

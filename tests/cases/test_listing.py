@@ -66,16 +66,13 @@ def test_each_pair_is_found_once_however_the_listing_is_cut(objects, wanted, who
     assert not any(map(rp.NOT_XML.search, sought)), "S3 could not repeat it in its answer"
 
 
-class ChangingBucket(LocalBucket):
-    """At each look another page has just shown what lies before, or behind, all objects."""
-
-    _gap = property(lambda self: next(self.gaps), lambda self, gap: None)
-
-
 def test_what_a_page_shows_to_be_empty_is_looked_at_once():
-    bucket = ChangingBucket().fill(N[:5000])
-    bucket.gaps = cycle([("", N[0]), (N[4999], rp.END)])
-    assert [*pairs(bucket, N[:5000:50], False)] == expected(N[:5000], N[:5000:50], False)
+    """At each look another page has just shown what lies before, or behind, all objects."""
+    gaps = cycle([("", N[0]), (N[4999], rp.END)])
+    gap = property(lambda _: next(gaps), lambda *_: None)
+    with patch.object(LocalBucket, "_gap", gap, create=True):
+        found = [*pairs(bucket.fill(N[:5000]), N[:5000:50], False)]
+    assert found == expected(N[:5000], N[:5000:50], False)
 
 
 # --- How many requests ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from conftest import AS_OF, EVERYTHING, Held, World, events, expire, version
@@ -119,7 +120,7 @@ def test_it_works_from_a_log_whose_last_line_is_cut(world, path, cut):
 # --- What it leaves alone -------------------------------------------------------------------------
 
 
-def rewritten(path, kind: str, hours: int = 0, **facts: str | None) -> None:
+def rewritten(world, path, kind: str, hours: int = 0, **facts: str | None) -> None:
     """Change the events of KEY in a log that are of this kind, leave out its answer if it is of
     another, and let all have been so many hours ago."""
     lines = []
@@ -141,23 +142,7 @@ def set_by_somebody_else(world, path):
 def set_while_suspended(world, path):
     """Its id is that of an object written since, which would go for ever."""
     world.box.backend.buckets[BUCKET].keys[KEY]._version_id = "null"
-    rewritten(path, "deleted", version_id="null")
-
-
-def older_than_the_intent(world, path):
-    rewritten(path, "delete", time=(datetime.now(UTC) + timedelta(seconds=30)).isoformat())
-
-
-def set_long_after_the_run(world, path):
-    rewritten(path, "delete", hours=1)
-
-
-def refused_by_s3(world, path):
-    rewritten(path, "deleted", event="failed", code="AccessDenied", version_id=None)
-
-
-def kept_at_a_later_try(world, path):
-    rewritten(path, "deleted", event="retained", version_id=None)
+    rewritten(world, path, "deleted", version_id="null")
 
 
 def without_a_version_below(world, path):
@@ -166,18 +151,27 @@ def without_a_version_below(world, path):
 
 
 def named_but_no_marker(world, path):
-    rewritten(path, "deleted", version_id=versions(world, KEY)[0])
+    rewritten(world, path, "deleted", version_id=versions(world, KEY)[0])
 
 
-CASES = [set_by_somebody_else, set_while_suspended, older_than_the_intent]
-CASES += [set_long_after_the_run, refused_by_s3, kept_at_a_later_try]
-CASES += [without_a_version_below, named_but_no_marker]
+LATER = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+WITHOUT = partial(rewritten, kind="deleted", version_id=None)
+CASES = {
+    "set_by_somebody_else": set_by_somebody_else,
+    "set_while_suspended": set_while_suspended,
+    "set_long_after_the_run": partial(rewritten, kind="delete", hours=1),
+    "older_than_the_intent": partial(rewritten, kind="delete", time=LATER),
+    "without_a_version_below": without_a_version_below,
+    "named_but_no_marker": named_but_no_marker,
+    "refused_by_s3": partial(WITHOUT, event="failed", code="AccessDenied"),
+    "kept_at_a_later_try": partial(WITHOUT, event="retained"),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_version_that_the_run_did_not_surely_set_stays_and_is_counted(world, path, case):
     purged(world, path)
-    case(world, path)
+    CASES[case](world, path)
     before = [versions(world, KEY, kind) for kind in ("Versions", "DeleteMarkers")]
     result = world.purge("--undo", str(path), "--json")
     told = result.code, result.summary["retained"], result.summary["restored"]["expired"]
