@@ -1707,7 +1707,7 @@ OPTIONS: list[tuple[str, Any, Any, str]] = [
     ("--run-id", BARE | {"metavar": "ID"}, None, "The run to undo, if the log holds several."),
 ]  # fmt: skip
 # What must match as a whole, and what to say if it does not. A bucket may be an access point's ARN.
-HOST, PLACE = r"[^\s:/]+|[\da-f]*:[\da-f]*:[\da-f:.]*", r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+HOST, PLACE = r"[^\s:/]+|[^\s/]*:[^\s/]*:[^\s/]*", r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 SPELLINGS = {
     "db_host": (HOST, "is no host; a port goes into --db-port"),
     "db_table": (r"[^.]+(\.[^.]+)?", "is neither TABLE nor SCHEMA.TABLE"),
