@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from proxies import Request, S3Proxy
 from sandbox import BUCKET, DATABASE, USER, Sandbox, mysql_sandbox, mysqld, sandbox, seed
 from script import SCRIPT, Result, World, ended  # noqa: F401
@@ -18,6 +19,9 @@ AS_OF = ("--as-of", "2019-06-03T00:00:00Z")  # the original system's last run
 EVERYTHING = ("--orphans", "--orphan-grace-days", "0")
 OLD = "2019-01-01 00:00:00"
 sql = Sandbox.sql
+# By default an example that takes 0.2 seconds fails, and so do examples that are made slowly.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -55,12 +59,23 @@ def events(path: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def until(box: Sandbox, statement: str) -> None:
-    """Wait for the statement to find a row."""
-    for _ in range(1200):
+    """Wait for the statement to find a row.
+
+    Do not ask more often: InnoDB keeps what innodb_trx shows in a cache, and reads it anew only if
+    nobody has asked for 0.1 seconds. Whoever asks all the time sees the same old rows for ever.
+    """
+    for _ in range(400):
         if box.sql(statement):
             return
-        time.sleep(0.05)
-    raise AssertionError(f"nothing in a minute: {statement}")
+        time.sleep(0.3)
+    raise AssertionError(f"nothing in two minutes: {statement}")
+
+
+def until_gone(box: Sandbox) -> None:
+    """Wait until the server has ended all connections of the purge. It does so a little after the
+    process has ended, and after the statement that it works on."""
+    ours = f"SELECT COUNT(*) AS n FROM information_schema.processlist WHERE user = '{USER}'"
+    until(box, f"{ours} HAVING n = 0")
 
 
 class Held:

@@ -30,9 +30,12 @@ def s3(world, tmp_path):
     client = boto3.Session("any", "any", region_name=REGION).client("s3", endpoint_url=url)
     process = Popen(command, stdout=DEVNULL, stderr=DEVNULL, cwd=tmp_path)
     try:
-        for _ in range(60):
+        for _ in range(240):
             with suppress(Exception):  # it needs some seconds
                 client.create_bucket(Bucket=BUCKET)
+            with suppress(Exception):  # and some more until it has a place for objects
+                client.put_object(Bucket=BUCKET, Key="probe", Body=b"x")
+                client.delete_object(Bucket=BUCKET, Key="probe")
                 break
             time.sleep(0.5)
         yield client

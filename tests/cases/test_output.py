@@ -20,7 +20,7 @@ import retention_purge as rp
 FACTS = """
 suspended planned 17 expired, 357 bytes deleted 17 expired, 357 bytes retained 0 planned
 failed 0 not attempted 0 planned, but the run stopped missing 0 expired keys
-requests 1 list, 1 delete max recheck age seconds 0.
+requests 1 list, 1 delete max recheck age seconds
 exit code 0 Versioning is suspended: objects written since are gone once
 """
 

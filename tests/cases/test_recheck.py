@@ -81,10 +81,11 @@ SIGNING = "from botocore.signers import RequestSigner as border\nreal = border.s
 def test_a_request_whose_re_check_grows_old_is_not_sent_and_checked_again(
     world, proxy, tmp_path, what
 ):
-    """The first delete waits to be signed, with fresh credentials, or for its intent on disk."""
+    """The first delete waits to be signed, with fresh credentials, or for its intent on disk. The
+    limit is one that no other re-check here reaches, even on a slow machine."""
     gate, path = tmp_path / "gate", tmp_path / "log"
     patch = SIGNING if what == "sign" else "border, real = rp.os, rp.os.fsync"
-    patch += f"{SLOW.format(str(gate))}border.{what} = slow\nrp.MAX_RECHECK_AGE = 1"
+    patch += f"{SLOW.format(str(gate))}border.{what} = slow\nrp.MAX_RECHECK_AGE = 3"
     held = Held(proxy, "list")
     run = world.start(*AS_OF, "--json", "--audit-log", str(path), patch=patch)
     held.wait()
@@ -94,11 +95,11 @@ def test_a_request_whose_re_check_grows_old_is_not_sent_and_checked_again(
         while gate.exists() and run.poll() is None:
             time.sleep(0.02)
         sql(world.box, IN_USE)
-        time.sleep(1.5)
+        time.sleep(3.2)  # its re-check began before: now it is older than the limit
     summary = ended(run).summary
     assert (summary["deleted"]["expired"], summary["retained"]) == (16, 1), summary
     assert proxy.count("delete") == summary["requests"]["delete"] == 1
-    assert 0 < summary["max_recheck_age_seconds"] < 1
+    assert 0 < summary["max_recheck_age_seconds"] <= 3
 
 
 def test_a_re_check_that_takes_too_long_stops_the_run(world, proxy):
@@ -108,7 +109,7 @@ def test_a_re_check_that_takes_too_long_stops_the_run(world, proxy):
     with locked_table(world) as wait:
         held.release()
         wait()
-        time.sleep(1.2)
+        time.sleep(1.2)  # the re-check waits already: it takes longer than the limit
     summary = ended(run).summary
     assert (summary["exit_code"], summary["not_attempted"], proxy.count("delete")) == (1, 17, 0)
     assert "make an index on sourceData" in summary["error"]

@@ -154,7 +154,7 @@ def named_but_no_marker(world, path):
     rewritten(world, path, "deleted", version_id=versions(world, KEY)[0])
 
 
-LATER = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+LATER = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 WITHOUT = partial(rewritten, kind="deleted", version_id=None)
 CASES = {
     "set_by_somebody_else": set_by_somebody_else,

@@ -296,9 +296,10 @@ def never_too_much(draw: Draw, history: History, run: Run) -> None:
     rows were all away.
 
     The re-check took place before the intent was logged, no longer ago than the run admits; where
-    requests grow too old after their intent, no longer ago than they may.
+    requests grow too old after their intent, no longer ago than they may, and a second, in which
+    the machine may let the run wait between re-check and intent.
     """
-    age = run.limit if draw.slow else run.age
+    age = run.limit + 1 if draw.slow else run.age
     for event in run.all("delete"):
         key, orphan = event["key"], event["reason"] == "orphan"
         assert key.startswith(draw.model.prefix)
@@ -349,7 +350,8 @@ def undo(scene: Scene, draw: Draw) -> None:
     versions = scene.box.s3().list_object_versions(Bucket=BUCKET, EncodingType="url")
     stacked = Counter(item["Key"] for item in versions.get("DeleteMarkers", []))
     twice = [key for key, count in stacked.items() if count > 1]
-    assert not twice or scene.injected["S3 delete", LATE], "delete markers are stacked"
+    # Where the client gives up after a second, a slow machine makes any delete a late one.
+    assert not twice or draw.late, "delete markers are stacked"
     intents = [event for event in scene.events() if event["event"] == "delete"]
     for run_id in reversed(dict.fromkeys(event["run_id"] for event in intents)):
         keys = {event["key"] for event in intents if event["run_id"] == run_id}

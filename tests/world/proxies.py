@@ -96,7 +96,6 @@ class Request:
     at: float = field(default_factory=time.time)
     number: int = 0
     logged: int = 0
-    done: bool = False
 
     @property
     def query(self) -> dict[str, list[str]]:
@@ -162,19 +161,34 @@ class S3Proxy(LocalServer):
         self.after: Callable[[Request, Answer], Answer] = lambda request, answer: answer
         self.requests: list[Request] = []
         self._lock = threading.Lock()
+        self._met, self._open = set[Any](), 0  # clients' addresses; connections
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open += 1
+            self._met.add(client_address)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self._open -= 1
 
     def answer(self, request: Request) -> Answer:
         with self._lock:
             self.requests.append(request)
             request.number = self.count(request.operation)
-        try:
-            return self.before(request) or self.forward(request)
-        finally:
-            request.done = True
+        return self.before(request) or self.forward(request)
 
     def settle(self) -> None:
-        """Wait until all that was asked is answered: a killed client leaves requests behind."""
-        while not all(request.done for request in self.requests):
+        """Wait until all that clients, which have ended, asked for is done: one that was killed
+        leaves requests behind. A new connection is met after all those that wait to be met."""
+        with socket.create_connection((LOCAL, self.port)) as last:
+            while last.getsockname() not in self._met:
+                time.sleep(0.01)
+        while self._open:
             time.sleep(0.01)
 
     def forward(self, request: Request) -> Answer:

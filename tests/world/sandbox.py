@@ -55,7 +55,8 @@ class Server:
 
     def admin(self, **options: Any) -> pymysql.Connection:
         limit = "max_statement_time" if self.kind == "mariadb" else "max_execution_time"
-        options = {"init_command": f"SET {limit} = 0", "autocommit": True} | options
+        own = f"SET {limit} = 0, wait_timeout = 28800"  # the server's may be short
+        options = {"init_command": own, "autocommit": True} | options
         return pymysql.connect(unix_socket=str(self.home / "socket"), user="root", **options)
 
     @property
@@ -65,7 +66,7 @@ class Server:
 
     def wait(self) -> None:
         """Until the server answers; raises with its log when it does not."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             with suppress(pymysql.Error):
                 return self.admin().close()
@@ -130,7 +131,7 @@ def server(kind: str, home: Path, *options: str) -> Iterator[Server]:
         yield running
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(180)
 
 
 mariadb = partial(server, "mariadb")
@@ -177,7 +178,7 @@ class Sandbox:
     def load(self, jobs: Iterable[Job], objects: Iterable[Object], columns: str = COLUMNS) -> None:
         """Make the job table and the bucket hold exactly this."""
         columns = columns.replace(*NOPAD) if self.database.kind == "mysql" else columns
-        zero_dates = "SET time_zone = '+00:00', sql_mode = ''"  # are allowed
+        zero_dates = "SET time_zone = '+00:00', sql_mode = '', wait_timeout = 28800"  # are allowed
         self.sql(f"DROP TABLE IF EXISTS {TABLE}", f"CREATE TABLE {TABLE} {columns}")
         with self.database.admin(database=DATABASE, init_command=zero_dates) as connection:
             connection.cursor().executemany(f"INSERT INTO {TABLE} VALUES (%s, %s, %s, %s)", [*jobs])
