@@ -1,37 +1,40 @@
 #!/usr/bin/env python3
 """Delete the S3 source data of expired TRIAL jobs, and nothing that a remaining job refers to.
 
-A job table in MySQL names the objects: the key of a job's source data is `prefix + sourceData`.
+A job table in MySQL names the objects. The key of a job's source data is `prefix + sourceData`.
 
-    expired job     `type` is exactly TRIAL and `completedAt` lies before the cutoff
+    expired job     `type` is exactly TRIAL, and `completedAt` lies before the cutoff
     remaining job   every other row: OFFICIAL, not completed, unknown type; when in doubt, keep
-    expired key     referred to by at least one expired job and by no remaining job
-    orphan          an object that no job refers to at all, older than the grace period
+    expired key     at least one expired job refers to it, and no remaining job does
+    orphan          an object that no job refers to, older than the grace period
     missing         an expired key without an object
     dangling        a key of a remaining job without an object: reported, never acted on
+    doubtful        an object that is kept because its name cannot be compared or sent safely
 
-Deleted are the objects of expired keys and, if asked for, orphans and the rows of expired jobs.
-Everything else stays. Keys are compared as bytes, the way S3 compares them, whatever the table's
-collation says. Whatever cannot be read whole is an error, never "nothing there".
+A name is what stands in `sourceData`; a key is what stands in the bucket. Keys are compared as
+bytes, as S3 compares them. Only the objects of expired keys are deleted, and if the command line
+asks for it, orphans and the rows of expired jobs. Whatever cannot be read whole is an error.
 
-The run, in order; any error before step 5 ends it with nothing deleted:
+The run, in order. An error before step 5 ends it with nothing deleted.
 
-    1. a real run takes a lock against other runs; a dry run cannot write anywhere
-    2. the job table, grouped by key and sorted by its bytes, is read at once into a spool file
-    3. the bucket's listing, which S3 sorts by the same bytes, is merged with it into the plan
-    4. guards may refuse the plan; a dry run prints it and ends
-    5. round by round: ask the table again whether the keys may still go, write them to the audit
-       log, delete them, account for every single one, then delete the job rows if asked for
+    1. A real run takes a lock against other runs. A dry run takes none and writes nothing.
+    2. The job table is read at once into a spool file, grouped by key, sorted by its bytes.
+    3. The bucket's listing has the same order. It is merged with the spool into the plan.
+    4. Guards may refuse the plan. A dry run prints it and ends.
+    5. Round by round: the gate asks the table again, the keys go to the audit log, the gate deletes
+       them, every key is accounted for, then the job rows go if the command line asked for it.
 
-The way of a key, in file order: Reference -> outer_join -> Policy.reason -> Candidate -> refusals
--> Bucket._leave (how old is its re-check?) -> Ledger; in between Rounds: _recheck (may_go), _send
-(intent, request), _settle. Of the cutoff: Policy -> every statement of JobTable. Of a Ctrl-C: Stop
--> Interrupted, at once while the run only reads, else before the next request -> Rounds._round
-accounts for what is in flight -> main -> Ledger.end -> exit code 130.
+READ THE GATE FIRST. It is the section after the words. Every delete leaves the program there.
+A key's way: Reference -> outer_join -> reason_of -> Candidate -> refusals -> Gate.ask -> Permit ->
+Ledger.intend -> Gate.delete -> Wire._last_look -> Ledger.account. The cutoff's way: Wishes -> Terms
+-> Gate.expired, the SQL of every statement. The way of a Ctrl-C: Stop -> Interrupted, at once while
+the run only reads, else before the next request -> Rounds accounts for what is in flight -> main ->
+Ledger.end -> exit code 130.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import io
@@ -42,30 +45,36 @@ import pickle
 import queue
 import random
 import re
+import select
+import shlex
+import shutil
 import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from itertools import chain, groupby, islice, repeat
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 from unicodedata import normalize
-from urllib.parse import quote, unquote_plus
+from urllib.parse import quote, unquote, unquote_plus
+from weakref import WeakKeyDictionary
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import boto3
 import click
@@ -73,73 +82,40 @@ import pymysql
 from botocore import exceptions as aws
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
+from click.core import ParameterSource
 
 T = TypeVar("T")
 Record = TypeVar("Record", bound=tuple[Any, ...])
 
 log = logging.getLogger("retention_purge")
 
-VERSION = "2.0.0"
+VERSION = "3.0.0"
 # Exit codes; 75 is EX_TEMPFAIL of sysexits.h.
 FAILED, USAGE, REFUSED, SOME_FAILED, LOCKED = 1, 2, 3, 4, 75
-CA_BUNDLE_URL = "https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem"
-DEFAULT_CA_BUNDLE = Path(__file__).resolve().parent / "rds-ca-bundle.pem"
-VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# Keys in one ListObjectsV2 answer and in one DeleteObjects request (S3 API reference); bytes of
+# Keys in one ListObjectsV2 answer and in one DeleteObjects request (S3 API reference). Bytes of
 # UTF-8 in an object key (S3 user guide, "Creating object key names").
 PAGE, BATCH, KEY_BYTES = 1000, 1000, 1024
-END = "\U0010ffff" * KEY_BYTES  # above every key
-# The smallest TIMESTAMP (MySQL manual, "The DATE, DATETIME, and TIMESTAMP Types"). The zero date
-# `0000-00-00` sorts below it: such a job is not completed.
-FIRST_TIMESTAMP = "1970-01-01 00:00:01"
-# Without --orphans, a page with fewer wanted keys is not worth its parsing: each key is sought by
-# itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
-SPARSE, SEEK = 25, 10
-# References whose objects are listed ahead, all objects or theirs alone; of all, pages of a part.
-LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 6
-BLOCK = 1000  # records in a block of a spool file
-SAMPLE = 50  # keys of remaining jobs that are looked for where all expired keys are missing
-WRONG_PLACE = "--bucket, --prefix or --db-table must be wrong"
-MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
-# Seconds. A login and a re-check may not take long, nor may a connection to S3, while the re-check
-# grows old; the grouped query may sort for an hour before its first row. A lock on a row or on the
-# table is awaited for less than an answer, or a DELETE given up here would take effect there. The
-# longer a delete is awaited, the rarer one that S3 carries out later.
-CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT, LOCK_TIMEOUT = 10, 3600, 40, 5
-S3_CONNECT_TIMEOUT, LIST_TIMEOUT, DELETE_TIMEOUT = 3, 30, 60
-# Seconds: a request whose re-check is older does not leave the machine; a re-check that takes
-# longer than DEAR is worth the advice to make an index.
-MAX_RECHECK_AGE, DEAR_RECHECK = 30, 0.5
-# Without an index a re-check scans the table, whatever is asked, so that one serves a long round:
-# what --max-rate lets out in these seconds, up to so many keys and so many bytes of SQL (the
-# smallest default of max_allowed_packet is 4 MiB, in MySQL 5.7).
-ROUND_SECONDS, ROUND_KEYS, ROUND_BYTES = 10, 25 * BATCH, 2_000_000
-# Job rows read at a time, and deleted in one statement, which is one transaction.
-ROWS, ROWS_A_COMMIT = 5000, 200
-# A key that S3 cannot delete just now is tried so often, each time after a new re-check, after a
-# pause (in seconds) that doubles with each failure.
-ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 5, 0.1, 10.0
-# Character sets from whose text UTF-8 comes back unchanged, so that a key converted to them finds
-# its row (others, such as sjis and gbk, spell some characters in two ways), and Python's for them.
-CHARSETS = {"ascii": "ascii", "latin1": "cp1252"}
-CHARSETS |= dict.fromkeys(("utf8", "utf8mb3", "utf8mb4"), "utf-8")
-# XML 1.0 cannot carry these (W3C, production 2); a carriage return comes back as a line feed.
-# A key with one of them goes by single DeleteObject, where it stands percent-encoded in the URL.
+# XML 1.0 cannot carry these characters (W3C, production 2), and a carriage return comes back as a
+# line feed. No DeleteObjects request can name such a key safely, so its object is kept.
 NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# S3's codes that a later try may not meet (S3 API reference, "List of error codes"), and HTTP's.
-# The first say that nothing was done, after the others the delete may take effect yet. Ours are
-# NotSent, InvalidAnswer (the body answers no such request), NoAnswer (to a key, or at all).
-UNDONE = {"SlowDown", "ServiceUnavailable", "503", "NotSent"}
-DOUBTFUL = {"InternalError", "RequestTimeout", "OperationAborted", "500", "502", "504"}
-DOUBTFUL |= {"InvalidAnswer", "NoAnswer"}
+# Seconds. A connection to S3 may not take long, because the re-check grows old meanwhile. The
+# longer an answer to a delete is awaited, the rarer is a delete that S3 carries out later.
+S3_CONNECT_TIMEOUT, LIST_TIMEOUT, DELETE_TIMEOUT = 3, 30, 60
+# Seconds that a DELETE of rows waits for a lock. Less than RECHECK_TIMEOUT, or the client would
+# give up a statement that still waits on the server.
+LOCK_TIMEOUT = 5
+VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
+S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+# Why the gate keeps a key.
+TOO_YOUNG = "it is an orphan that is too young, or orphans were not asked for"
+IN_USE, UNSPELT = "a job refers to it by now", "no request can spell its name"
 
 
 # --- Errors and stop signals ----------------------------------------------------------------------
 
 
 class PurgeError(click.ClickException):
-    """The run failed: one line that says what to do, and its exit code. `code` is S3's, or ours."""
+    """The run failed: one line that says what to do, and its exit code. `code` is the server's."""
 
     def __init__(self, message: str, exit_code: int = FAILED, code: str = "") -> None:
         super().__init__(" ".join(message.split()))
@@ -151,17 +127,17 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """SIGHUP, SIGINT, SIGTERM. The first ends the run in order, a second one at once.
+    """SIGHUP, SIGINT, SIGTERM. The first one ends the run in order, a second one at once.
 
-    While the run is `reading`, the signal raises Interrupted where it arrives. Otherwise it is only
-    noted, and `check` raises where all that is in flight can be accounted for.
+    Inside `at_once` the signal raises Interrupted where it arrives. Elsewhere it is only noted.
+    Then `check` raises, at a place where all that is in flight can be accounted for.
     """
 
     def __init__(self) -> None:
-        self.received, self._raises = 0, False  # the signal's number
+        self.received, self._raises = 0, False  # the number of the signal
 
     def listen(self) -> None:
-        """From now on, but for what is ignored (nohup); the caller catches Interrupted."""
+        """Heed the signals from now on, except those that are ignored (nohup)."""
         for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, self._receive)
@@ -179,8 +155,8 @@ class Stop:
             raise Interrupted
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Within, a signal raises at once; one noted before, too."""
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once. So does one that was noted before."""
         self._raises = True
         try:
             self.check()
@@ -189,13 +165,33 @@ class Stop:
             self._raises = False
 
 
-# --- Policy and merge: pure, no clock, no network -------------------------------------------------
-# Keys are `str`. Python orders str by code point, which is the order of the UTF-8 bytes, which is
-# the order of an S3 listing; and two str are equal exactly if their bytes are.
+@contextmanager
+def database_errors(doing: str) -> Iterator[None]:
+    """Turn what PyMySQL raises into a PurgeError of one line: what was done, why it failed."""
+    try:
+        yield
+    except (pymysql.Error, OSError) as error:
+        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+        detail = str(error.args[-1] if error.args else error) or type(error).__name__
+        cause = getattr(error, "original_exception", None)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            detail, code = f"its certificate was not accepted ({cause.verify_message})", 2026
+        advice = f" {DATABASE_ADVICE[code]}." if code in DATABASE_ADVICE else ""
+        raise PurgeError(f"{doing}: {detail.rstrip('.')}.{advice}", code=str(code)) from error
+
+
+def query(connection: Any, doing: str, sql: str) -> list[tuple[Any, ...]]:
+    """Return all rows of a statement. Raises PurgeError."""
+    with database_errors(doing), connection.cursor() as cursor:
+        cursor.execute(sql)
+        return list(cursor.fetchall())
+
+
+# --- Words: the values that the parts of the program exchange -------------------------------------
 
 
 class Reason(StrEnum):
-    """Why a key is in the plan. Of the last two only expired job rows may go, not the object."""
+    """Why a key is in the plan. With the last two only expired job rows may go, not the object."""
 
     EXPIRED = "expired"
     ORPHAN = "orphan"
@@ -203,24 +199,26 @@ class Reason(StrEnum):
     SHARED = "shared"  # a key of expired jobs that remaining jobs refer to as well
 
 
-class Reference(NamedTuple):
-    """A key that `jobs` rows of the job table refer to, `expired` of them being expired jobs."""
+class Wishes(NamedTuple):
+    """What the command line asked for. Days are whole days; `as_of` is an aware UTC datetime."""
 
-    key: str
+    bucket: str
+    prefix: str = ""
+    retention_days: int = 90
+    as_of: datetime | None = None  # None: now, by the clock of the database
+    orphan_grace_days: int | None = None  # None: orphans stay
+    rows: bool = False  # expired job rows may go
+
+
+class Counts(NamedTuple):
+    """How many job rows refer to a name, and how many of these are expired."""
+
     jobs: int
     expired: int
 
 
-class S3Object(NamedTuple):
-    """An object in the bucket; size (bytes) and moment (ISO 8601) as S3 spells them."""
-
-    key: str
-    size: str
-    last_modified: str
-
-
 class Candidate(NamedTuple):
-    """A planned delete; `size` in bytes, `last_modified` in ISO 8601, as it is printed."""
+    """A key in the plan. `size` in bytes, `last_modified` in ISO 8601, as the listing gave it."""
 
     key: str
     reason: str  # the value of a Reason
@@ -229,44 +227,352 @@ class Candidate(NamedTuple):
     version_id: str | None = None  # in an undo: of the delete marker to remove
 
 
+class Verdict(NamedTuple):
+    """What came of one key: it is deleted if there is no `code`, else the code says why not.
+
+    `marker` is the version id of the delete marker in a versioned bucket. `in_doubt` says that the
+    delete may have been done, or may yet be done. Codes of our own: NotSent, NoAnswer (no answer,
+    or none about the key), InvalidAnswer (not S3's words).
+    """
+
+    code: str = ""
+    message: str = ""
+    marker: str | None = None
+    in_doubt: bool = False
+    whole: bool = False  # S3 refused the request as a whole
+
+
+class Row(NamedTuple):
+    """A row of the job table: its primary key, its name, and all its columns by name."""
+
+    job_id: str | int
+    name: str
+    columns: dict[str, Any]
+
+
+# --- The gate: every delete leaves the program here -----------------------------------------------
+# Read this section first; it can be read alone. Whatever is wrong in the rest of the file:
+# - no object goes that a remaining job referred to when the table was asked, at most
+#   MAX_RECHECK_AGE seconds before the request left;
+# - nothing outside the prefix goes, and no orphan that is too young or was not asked for;
+# - no version of an object goes, only delete markers, and these only to bring objects back;
+# - no job row goes that is not expired.
+# Taken on trust: the command line (`Wishes`); an orphan's date, as the listing gave it; that no job
+# spells its name in another way; of this file PurgeError, query, database_errors, s3_config,
+# read_verdicts, the words, the constants above. That a row goes after its object lies outside.
+# The way of an object: Gate.ask -> known (the table answers) -> objection (must it stay?) -> Permit
+# -> Gate.delete -> Wire._post (writes the body) -> _last_look (connected; same bytes; in time).
+
+MAX_RECHECK_AGE, WITNESSES = 30, 20  # seconds; names of remaining jobs that vouch for the table
+# The smallest TIMESTAMP (MySQL manual). The zero date `0000-00-00` sorts below: not completed.
+FIRST_TIMESTAMP = "1970-01-01 00:00:01"
+# No setting of the server may decide. With autocommit = 0 a re-check sees an old snapshot. The time
+# zone moves TIMESTAMP values, a row limit cuts answers, SQL modes change strings. MariaDB alone
+# reads M!: a system-versioned table must not answer with its past, and long IN lists stay fast.
+SESSION = (
+    "ROLLBACK",
+    "SET NAMES utf8mb4, autocommit = 1, time_zone = '+00:00', sql_mode = '', sql_safe_updates = 0, "
+    "sql_select_limit = 18446744073709551615, sql_big_selects = 1, max_sort_length = 8192, "
+    f"wait_timeout = 86400, innodb_lock_wait_timeout = {LOCK_TIMEOUT}, "
+    f"lock_wait_timeout = {LOCK_TIMEOUT} /*M!100318 , system_versioning_asof = DEFAULT, "
+    "in_predicate_conversion_threshold = 0 */",
+    "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+)
+# 1 if the session is as we set it, holds the lock, and its server can be written to. Servers answer
+# 0, 1, OFF or ON, so flags are compared as text.
+WITNESS = (
+    "IS_USED_LOCK('{}') <=> CONNECTION_ID() AND CAST(@@autocommit AS CHAR) IN ('1', 'ON') "
+    "AND @@time_zone = '+00:00' AND @@sql_mode = '' AND @@sql_select_limit > 18446744073709551614 "
+    "AND CAST(@@global.read_only AS CHAR) IN ('0', 'OFF') "
+    "AND CAST(@@innodb_read_only AS CHAR) IN ('0', 'OFF') "
+    "/*M!100318 AND @@system_versioning_asof = 'DEFAULT' */"
+)
+NOT_OURS = "is not as it was set, lost its lock, or its server is read-only by now"
+# SQL for a text whose UTF-8 bytes are given in hexadecimal digits: no SQL mode changes its meaning.
+# And for the bytes of a text column: equal only if identical, and ordered as in S3.
+TEXT = "_utf8mb4 x'%s'"
+TEXT_BYTES = "CAST(CONVERT({} USING utf8mb4) AS BINARY)"
+NAME = f"IFNULL({TEXT_BYTES.format('`sourceData`')}, '')"
+# UTF-8 comes back unchanged from these. Others, such as sjis, spell some characters in two ways.
+CHARSETS = ("ascii", "latin1", "utf8", "utf8mb3", "utf8mb4")
+
+
+def boot_seconds() -> float:
+    """A clock, in seconds, that also counts while the machine is suspended (Linux)."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Terms(NamedTuple):
+    """What this run may delete. Moments are aware UTC datetimes by the clock of the database. A job
+    completed before `cutoff` (not at it) is expired. An orphan last modified before
+    `orphans_before` may go; None keeps all orphans. `rows`: expired job rows may go."""
+
+    prefix: str
+    now: datetime
+    cutoff: datetime
+    orphans_before: datetime | None
+    rows: bool
+
+
+def terms_of(wishes: Wishes, now: datetime) -> Terms:
+    """Raises PurgeError for an `as_of` in the future: jobs would expire before their time."""
+    as_of, grace = wishes.as_of or now.replace(microsecond=0), wishes.orphan_grace_days
+    if as_of > now or wishes.retention_days < 1:
+        raise PurgeError(f"--as-of {as_of} is later than the database clock, {now}.", REFUSED)
+    orphans_before = None if grace is None else now - timedelta(days=max(grace, 0))
+    cutoff = as_of - timedelta(days=wishes.retention_days)
+    return Terms(wishes.prefix, now, cutoff, orphans_before, wishes.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Permit:
+    """Leave to delete these keys, once. Only `Gate.ask` gives it, and the gate keeps a copy of its
+    own. `asked` is the moment before the table was asked, in `boot_seconds`."""
+
+    keys: tuple[str, ...]
+    asked: float
+
+
+def watched(pool: Any, look: Callable[[str, str, Any], None]) -> Any:
+    """Return the pool class with connections that call `look` last: after DNS, TCP and TLS, before
+    the first byte of a request. If it raises, nothing leaves."""
+
+    class Connection(pool.ConnectionCls):  # type: ignore[misc]
+        def request(self, method: str, url: str, body: Any = None, *rest: Any, **more: Any) -> Any:
+            if self.sock is None:
+                self.connect()
+            look(method, f"{getattr(self, '_tunnel_host', '') or self.host}{url}", body)
+            return super().request(method, url, body, *rest, **more)
+
+    return type("Pool", (pool,), {"ConnectionCls": Connection})
+
+
+class Wire:
+    """The way to one bucket, for any thread. A GET may leave, and a POST that the gate wrote.
+    `count` is told of each POST how old its re-check was (seconds) when it left."""
+
+    def __init__(self, session: boto3.Session, bucket: str, workers: int, count: Any) -> None:
+        self.bucket, self._count, self._own = bucket, count, threading.local()
+        name = re.escape(bucket.rpartition("/")[2])  # in the path, or before the host's own name
+        self._here = re.compile(rf"/{name}\?delete$|(^|/){name}(-\d{{12}})?\.[^/]*/\?delete$")
+        self.reader = self._watch(session.client("s3", config=s3_config(workers, LIST_TIMEOUT)))
+        self._writer = self._watch(session.client("s3", config=s3_config(workers, DELETE_TIMEOUT)))
+        events = self._writer.meta.events
+        events.register_last("before-call.s3.DeleteObjects", self._put_body)
+        events.register_first("before-parse.*", self._take_answer)
+
+    def _watch(self, client: Any) -> Any:
+        # Not public, so botocore is pinned. A new client has no pools yet; proxies share the dict.
+        pools = client._endpoint.http_session._pool_classes_by_scheme
+        pools.update({scheme: watched(pool, self._last_look) for scheme, pool in pools.items()})
+        return client
+
+    def _last_look(self, method: str, address: str, body: Any) -> None:
+        if method == "GET":
+            return
+        own, ours = self._own, getattr(self._own, "body", b"")
+        if method != "POST" or not ours or body != ours or not self._here.search(address):
+            raise PurgeError("a request was about to leave that the gate did not write")
+        if (age := boot_seconds() - own.asked) > MAX_RECHECK_AGE:
+            raise PurgeError(f"its re-check was {age:.0f} s old when it was about to leave")
+        own.left = True
+        self._count(age)
+
+    def _put_body(self, params: dict[str, Any], **_: Any) -> None:
+        params["body"] = self._own.body
+
+    def _take_answer(self, response_dict: Any, operation_model: Any, **_: Any) -> None:
+        self._own.answer = response_dict["status_code"], response_dict["body"]
+        if response_dict["status_code"] == 200 and operation_model.name == "DeleteObjects":
+            response_dict["body"] = b""  # botocore would spend most of a request's CPU on it
+
+    def _post(self, items: Sequence[tuple[str, str]], asked: float) -> list[Verdict]:
+        """Delete (key, version id or "") pairs in one request. Return a verdict for each."""
+        own, fault, version = self._own, "no answer", "<VersionId>{}</VersionId>".format
+        objects = (f"<Key>{escape(key)}</Key>{v and version(escape(v))}" for key, v in items)
+        body = "".join(f"<Object>{item}</Object>" for item in objects)  # Quiet would prove nothing
+        own.body = f'<Delete xmlns="{S3_NAMESPACE}">{body}</Delete>'.encode()
+        own.asked, own.left, own.answer = asked, False, None
+        try:
+            self._writer.delete_objects(Bucket=self.bucket, Delete={"Objects": []})
+        except Exception as error:  # whatever it is: S3's own words are in own.answer
+            fault = str(error)
+        finally:
+            own.body = b""
+        if own.left:
+            return read_verdicts(own.answer, [key for key, _ in items], fault)
+        if own.answer is not None:
+            raise PurgeError("A delete was answered that did not leave. Nothing more is deleted.")
+        return [Verdict("NotSent", fault)] * len(items)  # certainly not done
+
+    def restore(self, markers: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Remove delete markers, given as (key, version id), so that objects come back. A marker
+        goes only if it is still the latest version of its key. Return a verdict for each."""
+        verdicts = dict.fromkeys(markers, Verdict("NotLatest", "it is not the latest version"))
+        good = []
+        for key, version_id in markers:
+            found = self._writer.list_object_versions(Bucket=self.bucket, Prefix=key, MaxKeys=50)
+            named = {"Key": key, "VersionId": version_id, "IsLatest": True}.items()
+            is_there = any(named <= item.items() for item in found.get("DeleteMarkers", []))
+            if is_there and version_id not in ("", "null") and not NOT_XML.search(key):
+                good.append((key, version_id))
+        verdicts |= zip(good, self._post(good, boot_seconds()) if good else [], strict=True)
+        return [*verdicts.values()]
+
+
+class Gate:
+    """Asks the job table SCHEMA.TABLE, and lets go what may go. One thread asks; any may delete. A
+    real run holds `lock`. What has no underscore is for others to read; the gate has its own."""
+
+    def __init__(self, wire: Wire, connection: Any, table: str, lock: str, wishes: Wishes) -> None:
+        self._wire, self._connection, self.table = wire, connection, table
+        for statement in SESSION:
+            self._run(statement, "set up the session for")
+        ((now,),) = self._run("SELECT UTC_TIMESTAMP(6)", "ask the clock of the database of")
+        self._witness = WITNESS.format(lock)
+        self.terms = self._terms = terms_of(wishes, now.replace(tzinfo=UTC))
+        schema, _, name = table.replace("`", "``").rpartition(".")  # a schema may have dots
+        self.source = self._source = f"FROM `{schema}`.`{name}`"
+        moment = self._terms.cutoff.replace(tzinfo=None).isoformat(" ", "microseconds")
+        in_time = f"`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}'"
+        is_trial = f"{TEXT_BYTES.format('`type`')} = 'TRIAL'"
+        # "This job is expired", 0 or 1. NULL makes the AND NULL, and IS TRUE makes that 0.
+        self.expired = self._expired = f"(({in_time} AND {is_trial}) IS TRUE)"
+        self.counts = self._counts = f"{NAME}, COUNT(*), COUNT({self._expired} OR NULL)"
+        self.columns = self._run(f"SHOW FULL COLUMNS {self._source}")
+        collation = {row[0].lower(): row[2] for row in self.columns}.get("sourcedata") or ""
+        if (charset := collation.split("_")[0]) not in CHARSETS:
+            kinds = f"a text column in one of {', '.join(CHARSETS)}, not {charset or 'in none'}"
+            raise PurgeError(f"{table}.sourceData must be {kinds}: is it the job table?")
+        # SQL for a name, in the character set of the column, so that an index serves it.
+        cast = f"CONVERT({TEXT} USING {charset}) COLLATE {collation}"
+        self._literal = TEXT if charset == "utf8mb4" else cast
+        self._granted = WeakKeyDictionary[Permit, tuple[tuple[str, ...], float]]()
+
+    def _run(self, sql: str, doing: str = "ask") -> list[tuple[Any, ...]]:
+        return query(self._connection, f"Cannot {doing} {self.table}", sql)
+
+    def among(self, names: Iterable[str]) -> str:
+        """SQL that finds the jobs of these names, and under some collations other jobs as well."""
+        return f"`sourceData` IN ({','.join(self._literal % n.encode().hex() for n in names)})"
+
+    def known(self, names: Collection[str]) -> tuple[bool, dict[str, Counts]]:
+        """Ask the table as it is now: is the session ours, and how many jobs refer to each name?"""
+        wanted = {name.encode(): name for name in names}
+        nonce = time.monotonic_ns()  # it ties the answer to this question
+        self._run("ROLLBACK")  # an open transaction would answer from its snapshot
+        references = f"SELECT {self._counts} {self._source} WHERE {self.among(names)} GROUP BY 1"
+        sql = f"SELECT NULL, {self._witness}, {nonce} UNION ALL {references}"
+        rows = self._run(sql, "re-check references in")
+        found = {row[0]: Counts(*row[1:]) for row in rows if row[0] is not None}
+        ours = [row[1:] for row in rows if row[0] is None] == [(1, nonce)]
+        return ours, {name: found[raw] for raw, name in wanted.items() if raw in found}
+
+    def objection(self, item: Candidate, counts: Counts | None) -> str:
+        """Why the key must stay, by what is known of its name; "" if it may go."""
+        before, prefix = self._terms.orphans_before, self._terms.prefix
+        if not item.key.startswith(prefix) or item.key == prefix:
+            return "it lies outside the prefix"
+        if NOT_XML.search(item.key):
+            return UNSPELT
+        if item.reason == Reason.ORPHAN:
+            if before is None or datetime.fromisoformat(item.last_modified) >= before:
+                return TOO_YOUNG
+            return IN_USE if counts else ""
+        if counts is None:
+            return "its jobs have vanished"  # they may come back: a table is being reloaded
+        may_go = item.reason == Reason.EXPIRED and counts.expired == counts.jobs > 0
+        return "" if may_go else IN_USE
+
+    def ask(
+        self, items: Sequence[Candidate], witnesses: Sequence[str], size: int = BATCH
+    ) -> tuple[list[Permit], dict[str, str]]:
+        """Ask the table. Return permits, of up to `size` keys each, for those that may go, and why
+        each other key stays. Unless most of the `witnesses`, names of remaining jobs, are in the
+        same answer, the table may be half loaded: every orphan stays. Raises PurgeError."""
+        asked, start, few = boot_seconds(), len(self._terms.prefix), [*witnesses][:WITNESSES]
+        ours, known = self.known({item.key[start:] for item in items} | {*few})
+        if not ours:
+            raise PurgeError(f"The database session {NOT_OURS}. Nothing more goes; run again.")
+        stay = {item.key: self.objection(item, known.get(item.key[start:])) for item in items}
+        seen = [name for name in few if name in known and known[name].expired < known[name].jobs]
+        if 2 * len(seen) <= len(few):
+            why = "the remaining jobs are not in the table as before"
+            stay |= {item.key: why for item in items if item.reason == Reason.ORPHAN}
+        free, size = sorted(key for key in stay if not stay[key]), min(size, BATCH)
+        permits = [Permit(tuple(free[n : n + size]), asked) for n in range(0, len(free), size)]
+        self._granted.update({permit: (permit.keys, asked) for permit in permits})
+        return permits, {key: why for key, why in stay.items() if why}
+
+    def delete(self, permit: Permit) -> list[Verdict]:
+        """Delete what the permit names, in one request. Return a verdict for each key, in order.
+        Raises PurgeError for a permit that the gate did not give, or that was used before."""
+        keys, asked = self._granted.pop(permit, ((), 0.0))
+        if not keys or (keys, asked) != (permit.keys, permit.asked):
+            raise PurgeError("A delete was asked for without a permit. Nothing was deleted by it.")
+        return self._wire._post([(key, "") for key in keys], asked)
+
+    def delete_rows(self, rows: Sequence[Row]) -> int:
+        """Delete these jobs, if they are still expired and have one of these names. Return how many
+        went, once that is certain. The server rolls back what we give up. Raises PurgeError."""
+        ids = ",".join(
+            f"{row.job_id:d}" if isinstance(row.job_id, int) else TEXT % row.job_id.encode().hex()
+            for row in rows
+        )
+        names = ",".join({f"x'{row.name.encode().hex()}'" for row in rows})
+        which = f"`jobId` IN ({ids}) AND {NAME} IN ({names}) AND {self._expired}"
+        self._run("ROLLBACK")  # so does whoever asks next, if this ends in an error
+        self._run("START TRANSACTION")
+        if not self._terms.rows or self._run(f"SELECT {self._witness}") != [(1,)]:
+            raise PurgeError(f"No job rows may go: not asked for, or the session {NOT_OURS}.")
+        with database_errors(f"Cannot delete from {self.table}"):
+            count = self._connection.cursor().execute(f"DELETE {self._source} WHERE {which}")
+        self._run("COMMIT", "commit the deletes of job rows in")
+        return int(count)
+
+
+# --- Policy, merge and guards: no clock, no network -----------------------------------------------
+# Keys are `str`. Python orders str by code point. That is the order of the UTF-8 bytes, which is
+# the order of an S3 listing. Two str are equal exactly if their bytes are.
+
+MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
+SAMPLE = 50  # keys of remaining jobs that are looked for before absence is believed
+WRONG_PLACE = "--bucket, --prefix or --db-table must be wrong"
+
+
+class Reference(NamedTuple):
+    """A key that `jobs` rows of the job table refer to. `expired` of these are expired jobs."""
+
+    key: str
+    jobs: int
+    expired: int
+
+
+class S3Object(NamedTuple):
+    """An object in the bucket. `size` (bytes) and `last_modified` (ISO 8601) as S3 spells them."""
+
+    key: str
+    size: str
+    last_modified: str
+
+
 OF_OBJECTS = {Reason.EXPIRED, Reason.ORPHAN}
 Pairs = Iterable[tuple[Reference | None, S3Object | None]]
 Plan = Iterator[Candidate]
 
 
-@dataclass(frozen=True)
-class Policy:
-    """The rules, frozen for the run; all times aware UTC.
-
-    A job completed before `cutoff` (not at it) is expired. An orphan last modified before
-    `orphans_before` may go; None keeps all orphans. `rows`: expired job rows may go, too.
-    """
-
-    cutoff: datetime
-    prefix: str = ""
-    orphans_before: datetime | None = None
-    rows: bool = False
-
-    def reason(self, reference: Reference | None, found: S3Object | None) -> Reason | None:
-        """Why this key belongs in the plan, or None if it does not."""
-        if reference is None:
-            if found is None or self.orphans_before is None or found.key == self.prefix:
-                return None  # a console's "folder" is called like the prefix: it is nobody's data
-            modified = datetime.fromisoformat(found.last_modified)
-            return Reason.ORPHAN if modified < self.orphans_before else None
-        if reference.expired == reference.jobs and found is not None:
-            return Reason.EXPIRED
-        if not reference.expired or not self.rows:
-            return None
-        return Reason.SHARED if reference.expired < reference.jobs else Reason.MISSING
-
-
-def may_go(reason: str, found: Reference | None) -> bool:
-    """Whether an object may still go, by what the re-check found of its key. An expired key whose
-    rows have vanished since may not: they may come back (a reload)."""
-    if reason == Reason.ORPHAN:
-        return found is None
-    return found is not None and found.expired == found.jobs > 0
+def reason_of(terms: Terms, reference: Reference | None, item: S3Object | None) -> Reason | None:
+    """Why a key belongs in the plan; None if it does not. `item` is its object, if there is one."""
+    if reference is None:
+        if item is None or terms.orphans_before is None or item.key == terms.prefix:
+            return None  # the "folder" that a console makes is called like the prefix
+        modified = datetime.fromisoformat(item.last_modified)
+        return Reason.ORPHAN if modified < terms.orphans_before else None
+    if reference.expired == reference.jobs and item is not None:
+        return Reason.EXPIRED
+    if not reference.expired or not terms.rows:
+        return None
+    return Reason.SHARED if reference.expired < reference.jobs else Reason.MISSING
 
 
 class Tally(Counter[str]):
@@ -275,7 +581,7 @@ class Tally(Counter[str]):
     def __init__(self) -> None:
         super().__init__(expired=0, orphan=0, bytes=0)
 
-    def add(self, item: Candidate) -> None:
+    def add(self, item: Any) -> None:
         self[item.reason] += 1
         self["bytes"] += item.size
 
@@ -284,9 +590,30 @@ class Tally(Counter[str]):
         return self["expired"] + self["orphan"]
 
 
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return `count` of the items, or all if there are fewer, at equal distances."""
+    size = len(items)
+    return [items[n * size // count] for n in range(count)] if size > count else [*items]
+
+
+class Sample(Generic[T]):
+    """Keeps up to 2 * SAMPLE of the items that it is given, at equal distances in their stream."""
+
+    def __init__(self) -> None:
+        self.items: list[T] = []
+        self._seen, self._step = 0, 1
+
+    def add(self, item: T) -> None:
+        if self._seen % self._step == 0:
+            self.items.append(item)
+        if len(self.items) > 2 * SAMPLE:
+            self.items, self._step = self.items[::2], 2 * self._step
+        self._seen += 1
+
+
 @dataclass
 class Totals:
-    """What the references and the merge told: the plan's size, and what the guards must know."""
+    """What the table and the listing told: the size of the plan, and what the guards must know."""
 
     planned: Tally = field(default_factory=Tally)
     jobs: int = 0  # rows of the table
@@ -295,17 +622,17 @@ class Totals:
     expired: int = 0  # expired keys
     missing: int = 0  # of these, without an object
     remaining: int = 0  # distinct keys of remaining jobs
-    dangling: int = 0  # of these, without an object, where all are looked for
+    dangling: int = 0  # of these, without an object, where all objects are listed
+    dangling_key: str = ""  # one of these
     listed: int = 0  # objects that the listing gave
-    known: int = 0  # of these, referred to by any job
-    doubtful: int = 0  # orphans kept for their name
+    doubtful: int = 0  # objects that are kept because of their name
 
 
 def ascending(items: Iterable[Record], source: str, last: str | None = None) -> Iterator[Record]:
-    """The same items. Raises PurgeError where their keys do not ascend, above `last`."""
+    """Yield the same items. Raises PurgeError where their keys do not ascend, above `last`."""
     for item in items:
         if last is not None and item[0] <= last:
-            places = f"{printable(item[0])} came after {printable(last)}"
+            places = f"{printable(str(item[0]))} came after {printable(str(last))}"
             raise PurgeError(f"The {source} is out of order: {places}. Nothing more is deleted.")
         last = item[0]
         yield item
@@ -328,19 +655,21 @@ def outer_join(references: Iterable[Reference], objects: Iterable[S3Object]) -> 
             reference, item = next(names, None), next(found, None)
 
 
-def plan(pairs: Pairs, policy: Policy, totals: Totals, is_doubtful: Callable[[str], bool]) -> Plan:
-    """What may go, in key order; `totals` grows as the plan is drawn. `is_doubtful` tells the keys
-    of orphans that a job may mean, though it spells them otherwise."""
+def plan(pairs: Pairs, terms: Terms, totals: Totals, lost: Callable[[str], Any] = str) -> Plan:
+    """Yield what may go, in key order, while `totals` grows. `lost` is told each dangling key."""
     for reference, item in pairs:
-        reason = policy.reason(reference, item)
+        reason = reason_of(terms, reference, item)
         totals.listed += item is not None
-        totals.known += item is not None and reference is not None
         if reference and not item:
             totals.missing += reference.expired == reference.jobs
-            totals.dangling += reference.expired < reference.jobs
-        if item and reason is Reason.ORPHAN and is_doubtful(item.key):
-            totals.doubtful += 1
-        elif item and reason in OF_OBJECTS:
+            if reference.expired < reference.jobs:
+                totals.dangling += 1
+                totals.dangling_key = reference.key
+                lost(reference.key)
+        if item and reason in OF_OBJECTS:
+            if NOT_XML.search(item.key):
+                totals.doubtful += 1
+                continue
             modified = datetime.fromisoformat(item.last_modified).isoformat()
             candidate = Candidate(item.key, reason, int(item.size), modified)
             totals.planned.add(candidate)
@@ -349,36 +678,88 @@ def plan(pairs: Pairs, policy: Policy, totals: Totals, is_doubtful: Callable[[st
             yield Candidate(reference.key, reason)
 
 
-def refusals(totals: Totals, policy: Policy, most: int | None, percent: float) -> Iterator[str]:
-    """Why this plan must not be carried out; nothing if it may."""
-    planned, orphans = totals.planned.objects, policy.orphans_before is not None
-    if most is not None and planned > most:
-        yield f"{planned} objects would be deleted, more than --max-objects {most}"
+def without_doubtful(items: Plan, totals: Totals, is_doubtful: Callable[[str], bool]) -> Plan:
+    """Yield the plan without the orphans that a job may mean, though it spells them otherwise."""
+    totals.planned = Tally()
+    for item in items:
+        if item.reason == Reason.ORPHAN and is_doubtful(item.key):
+            totals.doubtful += 1
+            continue
+        if item.reason in OF_OBJECTS:
+            totals.planned.add(item)
+        yield item
+
+
+def folded(name: str) -> str:
+    """The name without what people and programs confuse: letter case, percent-encoding, Unicode
+    normalization, a slash at the beginning."""
+    return normalize("NFC", normalize("NFC", unquote(name)).casefold()).lstrip("/")
+
+
+class Limits(NamedTuple):
+    """What the command line allows. `percent` of keys, objects or rows; `rate` in objects per
+    second, 0 for no limit; `workers` requests at the same time."""
+
+    objects: int | None = None
+    percent: float = 50
+    rate: int = 3000
+    workers: int = 8
+
+
+def shares(totals: Totals, terms: Terms) -> list[tuple[int, int, str]]:
+    """What --max-percent limits: a part, the whole, and what they are."""
+    planned = totals.planned.objects
     whole = planned + totals.remaining
-    shares = [(planned, whole, "keys that are planned or belong to remaining jobs")]
-    shares += [(planned, totals.listed, "objects in the listing")] * orphans
-    shares += [(totals.expired_jobs, totals.jobs, "job rows")] * policy.rows
-    for part, whole, name in shares:
-        if part > whole * percent / 100:
+    found = [(planned, whole, "keys that are planned or belong to remaining jobs")]
+    if terms.orphans_before is not None:
+        found.append((planned, totals.listed, "objects in the listing"))
+    if terms.rows:
+        found.append((totals.expired_jobs, totals.jobs, "job rows"))
+    return found
+
+
+def refusals(totals: Totals, terms: Terms, limits: Limits) -> Iterator[str]:
+    """Yield each reason why this plan must not be carried out."""
+    planned, orphans = totals.planned.objects, totals.planned["orphan"]
+    if limits.objects is not None and planned > limits.objects:
+        yield f"{planned} objects would be deleted, more than --max-objects {limits.objects}"
+    for part, whole, name in shares(totals, terms):
+        if part > whole * limits.percent / 100:
             share = f"{part} of {whole} {name} would be deleted ({100 * part / whole:.1f} %)"
-            yield f"{share}, more than --max-percent {percent:g}"
-    if orphans and not totals.known and (totals.listed or totals.jobs):
-        seen = f"none of the {totals.listed} objects listed is referred to by any of the"
-        yield f"--orphans, but {seen} {totals.jobs} jobs: {WRONG_PLACE}"
+            yield f"{share}, more than --max-percent {limits.percent:g}"
+    if not totals.remaining and orphans:
+        yield f"--orphans, but {totals.jobs} jobs have no remaining one among them: {WRONG_PLACE}"
+    found = totals.expired - totals.missing
+    if not totals.remaining and terms.rows and totals.missing and 2 * found < totals.expired:
+        told = f"only {found} of {totals.expired} expired keys have an object"
+        yield f"rows of missing keys would go, but {told}, and no job remains: {WRONG_PLACE}"
+
+
+def believes_absence(totals: Totals, terms: Terms) -> bool:
+    """Whether anything is concluded from objects that are not there."""
+    all_missing, rows = 0 < totals.expired == totals.missing, terms.rows and totals.missing > 0
+    return all_missing or rows or terms.orphans_before is not None
+
+
+def majority_refusal(looked: int, there: int, example: str) -> Iterator[str]:
+    """Yield a reason if fewer than half of some keys of remaining jobs have an object."""
+    if 2 * there < looked:
+        told = f"only {there} of {looked} keys of remaining jobs have an object"
+        yield f"{told}; {printable(example)}, for one, has none: {WRONG_PLACE}"
 
 
 def clock_refusals(database: timedelta, s3: timedelta) -> Iterator[str]:
-    """Why the clocks cannot be trusted; given is by how much these lead this host's."""
+    """Yield why the clocks cannot be trusted, by how much they are ahead of this host's."""
     clocks = [(timedelta(), "this host"), (database, "the database"), (s3, "S3")]
-    (behind, slow), _, (ahead, fast) = sorted(clocks)
-    if ahead - behind > MAX_SKEW:
-        apart = f"{(ahead - behind).total_seconds():.0f} seconds ahead of that of {slow}"
+    (behind, slow), _, (ahead_by, fast) = sorted(clocks)
+    if ahead_by - behind > MAX_SKEW:
+        apart = f"{(ahead_by - behind).total_seconds():.0f} seconds ahead of that of {slow}"
         yield f"the clock of {fast} is {apart}, more than {MAX_SKEW}: set the clocks"
 
 
 def just_before(key: str) -> str:
-    """A string below `key` with next to no key between: `StartAfter` excludes what it names. Cut
-    before the first character that XML cannot carry, as a listing's answer may repeat it."""
+    """Return a StartAfter value so close below `key` that `key` is normally the first result. It is
+    cut before the first character that XML cannot carry, as a listing's answer may repeat it."""
     below = key[:-1] + chr(max(ord(key[-1]) - 1, 0))
     head, seek, odd = key[:-1], f"{below}\U0010ffff", NOT_XML.search(below)
     if odd:
@@ -393,19 +774,22 @@ def printable(key: str) -> str:
     return key if plain and key else json.dumps(key)
 
 
-# --- Streams, ahead of their reader and on disk ---------------------------------------------------
+# --- Streams: ahead of their reader, on disk, and watched -----------------------------------------
+
+BLOCK = 1000  # records in a block of a spool file
+SILENCE = 60  # seconds without progress after which a phase warns
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` consecutive items; the last may be shorter."""
+    """Yield lists of `size` consecutive items; the last one may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
 
 
 def ahead(streams: Iterable[Iterable[T]], width: int, depth: int = 0) -> Iterator[T]:
-    """The items of all streams, one stream after the other; up to `width` of them are drawn at the
-    same time, each in a thread of its own, `depth` items ahead (0: all). Raises what they raise."""
+    """Yield every item in stream order. Up to `width` streams are read at once, each by a thread
+    that may run `depth` items ahead of the consumer (0: no limit). Raises what a stream raises."""
 
     def draw(stream: Iterable[T], results: queue.Queue[Any]) -> None:
         try:
@@ -437,8 +821,8 @@ def no_space(error: Exception) -> PurgeError:
 
 
 class Spool(Generic[Record]):
-    """Named tuples in an unnamed file in TMPDIR, which vanishes with the process: written once,
-    then read in order as often as needed; safe to read from several threads. Raises PurgeError."""
+    """Named tuples in an unnamed file in TMPDIR, which vanishes with the process. It is written
+    once, then read in order as often as needed, by any thread. Raises PurgeError."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -462,7 +846,7 @@ class Spool(Generic[Record]):
         return self.slice(0, self._count)
 
     def slice(self, start: int, end: int) -> Iterator[Record]:
-        """The records from one place up to before another."""
+        """Yield the records from one place up to before another."""
         for number in range(start // BLOCK, -(-end // BLOCK)):
             begin, after = self._ends[number : number + 2]
             block = pickle.loads(os.pread(self._file.fileno(), after - begin, begin))
@@ -472,28 +856,121 @@ class Spool(Generic[Record]):
     def __getitem__(self, place: int) -> Record:
         return next(self.slice(place, place + 1))
 
-    def has(self, key: str) -> bool:
-        """Whether a record has this key, if they ascend by it."""
-        place = bisect_left(self, key, key=lambda record: record.key)  # type: ignore[attr-defined]
-        return place < len(self) and self[place].key == key  # type: ignore[attr-defined]
+
+class Spellings:
+    """Names on disk that are found again by any spelling that `folded` takes for the same."""
+
+    def __init__(self) -> None:
+        self._names = sqlite3.connect("")  # an unnamed file in TMPDIR
+        self._names.execute("CREATE TABLE names (name TEXT PRIMARY KEY) WITHOUT ROWID")
+
+    def add(self, name: str) -> None:
+        try:
+            self._names.execute("INSERT OR IGNORE INTO names VALUES (?)", [folded(name)])
+        except sqlite3.OperationalError as error:
+            raise no_space(error) from error
+
+    def has(self, name: str) -> bool:
+        sql = "SELECT 1 FROM names WHERE name = ?"
+        return self._names.execute(sql, [folded(name)]).fetchone() is not None
+
+
+class Screen(logging.Handler):
+    """Standard output for the result, standard error for the log. A stop signal ends the wait for a
+    pipe that nobody reads: at most PIPE_BUF bytes are written at a time, once they fit."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__()
+        self._stop = stop
+        self.out_is_terminal, self.err_is_terminal = sys.stdout.isatty(), sys.stderr.isatty()
+        style, times = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"
+        self.setFormatter(logging.Formatter(style, times))
+
+    def _write(self, stream: Any, text: str) -> None:
+        data = text.encode(stream.encoding or "utf-8", "backslashreplace")
+        while data:
+            while not select.select([], [stream], [], 1)[1]:
+                if self._stop.received:
+                    return
+            data = data[os.write(stream.fileno(), data[: select.PIPE_BUF]) :]
+
+    def show(self, text: str) -> None:
+        """Print a part of the result. Raises PurgeError if standard output is closed or full."""
+        try:
+            self._write(sys.stdout, f"{text}\n")
+        except OSError as error:
+            raise PurgeError(f"Cannot print the result: {error.strerror}.") from error
+
+    def tell(self, text: str, end: str = "\n") -> None:
+        """Print on standard error, over a progress line. What cannot be printed is dropped."""
+        with suppress(OSError, ValueError):
+            self._write(sys.stderr, f"\r\x1b[K{text}{end}" if self.err_is_terminal else text + end)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell(self.format(record))
+
+
+class Progress:
+    """Says on standard error how far a phase is: on a terminal in one line, twice a second, else
+    (a cron log) in a line a minute. Where nothing moves for SILENCE seconds it warns, even when
+    the run is quiet. A thread of its own does it, so that the work itself only counts."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._shows = screen.err_is_terminal and log.isEnabledFor(logging.INFO)
+
+    def over(
+        self, items: Iterable[T], phase: str, total: int = 0, minutely: Any = list
+    ) -> Iterator[T]:
+        """Yield the same items, of which there are `total` (0: not known). Call `minutely` about
+        once a minute, between two items."""
+        self._count, self._due, done = 0, False, threading.Event()
+        teller = threading.Thread(target=self._tell, args=(phase, total, done), daemon=True)
+        teller.start()
+        try:
+            for item in items:
+                self._count += 1
+                if self._due:
+                    self._due = False
+                    minutely()
+                yield item
+        finally:
+            done.set()
+            teller.join(1)
+
+    def _tell(self, phase: str, total: int, done: threading.Event) -> None:
+        started = told = moved = time.monotonic()
+        last, warned = 0, False
+        while not done.wait(0.5):
+            count, now = self._count, time.monotonic()
+            if count != last:
+                last, moved, warned = count, now, False
+            share = f" of {total:,} ({100 * count // total} %)" if total else ""
+            line = f"{phase}: {count:,}{share}, {count / (now - started):,.0f}/s"
+            if self._shows and not done.is_set():
+                self._screen.tell(line[: shutil.get_terminal_size().columns - 1], end="")
+            if now - told >= 60:
+                told, self._due = now, True
+                if not self._shows:
+                    log.info("%s", line)
+            if now - moved >= SILENCE and not warned:
+                warned = True
+                log.warning("%s: no answer for %d seconds, still waiting", phase, SILENCE)
+        if self._shows:
+            self._screen.tell("", end="")
 
 
 # --- MySQL ----------------------------------------------------------------------------------------
 
-# What the server's own settings must not decide. TIMESTAMP columns are converted to the session's
-# time zone; a row limit would cut the references short without a word, a short sort length take
-# names for one another; some SQL modes change what a string is; the connection that holds the lock
-# is idle while the bucket is listed; rows deleted by a transaction that may yet be rolled back are
-# still there.
-SESSION = (
-    "SET time_zone = '+00:00', sql_select_limit = 18446744073709551615, sql_mode = '', "
-    "max_sort_length = 8192, wait_timeout = 86400, sql_safe_updates = 0, sql_big_selects = 1, "
-    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT}, lock_wait_timeout = {LOCK_TIMEOUT}",
-    "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",
-)
-# SQL for the UTF-8 bytes of a text column: equal only if identical, and ordered as in S3.
-TEXT_BYTES = "CAST(CONVERT({} USING utf8mb4) AS BINARY)"
-NAME, ID, TYPE = map(TEXT_BYTES.format, ("`sourceData`", "`jobId`", "`type`"))
+CA_BUNDLE_URL = "https://truststore.pki.rds.amazonaws.com/global/global-bundle.pem"
+DEFAULT_CA_BUNDLE = Path(__file__).resolve().parent / "rds-ca-bundle.pem"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Seconds. A login and a re-check may not take long. The grouped query may sort for an hour before
+# its first row.
+CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT = 10, 3600, 40
+# Job rows that are read at a time, and that are deleted in one transaction.
+ROWS, ROWS_A_COMMIT = 5000, 200
+LOCKED_ROWS, DEADLOCK = "1205", "1213"
 # MySQL's error codes (MySQL manual, "Error Message Reference") and what to do.
 DATABASE_ADVICE = {
     1044: "Check --db-name, and grant SELECT on the table",
@@ -505,7 +982,6 @@ DATABASE_ADVICE = {
     1049: "Check --db-name",
     1142: "Grant SELECT on the table (DELETE only for --delete-jobs)",
     1146: "Check --db-name and --db-table",
-    1205: f"Another transaction held the rows for {LOCK_TIMEOUT} seconds; run again to finish",
     1524: "IAM authentication is not enabled on the instance",
     2003: "Check --db-host, --db-port, DNS, and the security group",
     2026: "No secret was sent: the server offers no TLS, or --ca-bundle is outdated (the current "
@@ -513,51 +989,27 @@ DATABASE_ADVICE = {
 }
 
 
-@contextmanager
-def database_errors(doing: str) -> Iterator[None]:
-    """Turn what PyMySQL raises into a PurgeError of one line: what was done, why it failed."""
-    try:
-        yield
-    except (pymysql.Error, OSError) as error:
-        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
-        detail = str(error.args[-1] if error.args else error) or type(error).__name__
-        cause = getattr(error, "original_exception", None)
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            detail, code = f"its certificate was not accepted ({cause.verify_message})", 2026
-        advice = f" {DATABASE_ADVICE[code]}." if code in DATABASE_ADVICE else ""
-        raise PurgeError(f"{doing}: {detail.rstrip('.')}.{advice}", code=str(code)) from error
+class Login(NamedTuple):
+    """Where the job table is, and who asks. `table` is SCHEMA.TABLE. `password` None: IAM."""
+
+    host: str
+    port: int
+    user: str
+    schema: str
+    table: str
+    ca_bundle: Path | None = None
+    password: str | None = None
 
 
-def query(connection: Any, doing: str, sql: str, arguments: Any = None) -> list[tuple[Any, ...]]:
-    """The rows of a statement, all at once. Raises PurgeError."""
-    with database_errors(doing), connection.cursor() as cursor:
-        cursor.execute(sql, arguments)
-        return list(cursor.fetchall())
-
-
-def connect(settings: dict[str, Any]) -> Any:
-    """Log in, and let nothing of the server's own settings decide. Raises PurgeError."""
-    settings |= {f"{kind}_timeout": CONNECT_TIMEOUT for kind in ("connect", "read", "write")}
-    settings |= {"charset": "utf8mb4", "autocommit": True}  # every read sees the table as it is
-    with database_errors("Cannot log in to {host}:{port} as {user}".format(**settings)):
-        connection: Any = pymysql.connect(**settings)
-    # A minute's silence sends a probe: NAT gateways forget idle connections after 350 seconds.
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            connection._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    for statement in SESSION:
-        query(connection, "Cannot set up the database session", statement)
-    return connection
-
-
-def tls_settings(bundle: Path | None, local: bool) -> dict[str, Any]:
-    """PyMySQL's arguments for TLS with certificate and host name verified. Only `local`, for a
-    password that goes to this machine, and without a CA bundle is TLS left to the server.
+def tls_settings(login: Login) -> dict[str, Any]:
+    """Return PyMySQL's arguments for TLS with certificate and host name verified. TLS is left to
+    the server only for a password that goes to this machine, without a CA bundle.
 
     `ssl_verify_identity` is what verifies: `ssl_ca` alone encrypts and trusts anyone. Raises
     PurgeError without a usable CA bundle.
     """
-    if bundle is None and local:
+    bundle = login.ca_bundle
+    if bundle is None and login.password is not None and login.host in LOOPBACK:
         return {}
     bundle = bundle or DEFAULT_CA_BUNDLE
     try:
@@ -572,25 +1024,61 @@ def tls_settings(bundle: Path | None, local: bool) -> dict[str, Any]:
     return {"ssl_ca": str(bundle), "ssl_verify_identity": True}
 
 
-def take_lock(connection: Any, bucket: str, prefix: str, table: str) -> None:
-    """Lock bucket, prefix and table against other runs, until the connection ends.
+def log_in(session: boto3.Session, login: Login, s3_lead: timedelta) -> Any:
+    """Connect to the database, with the password or an IAM token. The token is made now, because it
+    lives 15 minutes. Raises PurgeError; a refused IAM login tells what can be known of its cause:
+    `s3_lead` is by how much S3's clock is ahead of this host's."""
+    settings = tls_settings(login) | {"host": login.host, "port": login.port, "user": login.user}
+    log.info("connecting to %s:%d", login.host, login.port)
+    password = login.password
+    if password is None and not session.region_name:
+        raise PurgeError("No AWS region: give --region, that of the database.", USAGE)
+    if password is None:
+        rds = session.client("rds")
+        password = rds.generate_db_auth_token(login.host, login.port, login.user)
+    settings |= {"database": login.schema, "password": password.encode(), "charset": "utf8mb4"}
+    settings |= {f"{kind}_timeout": CONNECT_TIMEOUT for kind in ("connect", "read", "write")}
+    try:
+        with database_errors(f"Cannot log in to {login.host}:{login.port} as {login.user}"):
+            connection: Any = pymysql.connect(**settings)
+    except PurgeError as error:
+        if error.code == "1045" and login.password is None:
+            found: Any = session.get_credentials()
+            facts = f"user {login.user}, region {session.region_name}, access key "
+            facts += f"{found.access_key}, S3's clock {s3_lead.total_seconds():+.0f} s from ours"
+            raise PurgeError(f"{error.message} Known here: {facts}.", code="1045") from error
+        raise
+    connection._read_timeout = RECHECK_TIMEOUT  # PyMySQL applies it at its next read
+    # A minute's silence sends a probe: NAT gateways forget idle connections after 350 seconds.
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            connection._sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection
 
-    Raises PurgeError if another run has the lock, or on a read replica: the lock would not be the
-    primary's, and a re-check would see the table as it was some time ago.
-    """
+
+def lock_name(connection: Any, wishes: Wishes, table: str) -> str:
+    """The name of the lock on bucket, prefix and table, of at most 64 characters. A server that
+    folds the letter case of table names has one lock for all spellings."""
+    ((folds,),) = query(connection, "Cannot ask the server", "SELECT @@lower_case_table_names")
+    subject = [wishes.bucket, wishes.prefix, table.lower() if folds else table]
+    return f"retention_purge:{hashlib.sha256(json.dumps(subject).encode()).hexdigest()[:40]}"
+
+
+def take_lock(connection: Any, lock: str, table: str) -> None:
+    """Take the lock, until the connection ends. Raises PurgeError if another run has it, or on a
+    read replica, where the lock would not be the primary's and the table not up to date."""
     doing = f"Cannot take the lock on {table}"
-    if any(query(connection, doing, "SELECT @@global.read_only, @@innodb_read_only")[0]):
+    flags = "CAST(@@global.read_only AS CHAR), CAST(@@innodb_read_only AS CHAR)"
+    if not {*query(connection, doing, f"SELECT {flags}")[0]} <= {"0", "OFF"}:
         message = "The database is read-only, so it may be a replica: give the primary's host."
         raise PurgeError(message, REFUSED)
-    subject = json.dumps([bucket, prefix, table]).encode()
-    name = f"retention_purge:{hashlib.sha256(subject).hexdigest()[:40]}"  # 64 characters at most
-    sql = "SELECT GET_LOCK(%s, 0), IS_USED_LOCK(%s)"
-    ((got, holder),) = query(connection, doing, sql, (name, name))
+    sql = f"SELECT GET_LOCK('{lock}', 0), IS_USED_LOCK('{lock}')"
+    ((got, holder),) = query(connection, doing, sql)
     if not got:  # 0, or NULL if it failed
-        sql = "SELECT HOST, COMMAND, TIME FROM information_schema.PROCESSLIST WHERE ID = %s"
+        sql = "SELECT HOST, COMMAND, TIME FROM information_schema.PROCESSLIST WHERE ID = "
         rows = []
         with suppress(PurgeError):  # MySQL cannot spell everything that others run: error 3854
-            rows = query(connection, doing, sql, (holder,))
+            rows = query(connection, doing, f"{sql}{int(holder or 0)}")
         facts = [f" of {host} ({command} for {seconds} s)" for host, command, seconds in rows]
         message = "Another run works on the same bucket, prefix and table: database connection "
         message += f"{holder}{''.join(facts)} holds the lock. Try again later."
@@ -598,74 +1086,60 @@ def take_lock(connection: Any, bucket: str, prefix: str, table: str) -> None:
 
 
 class JobTable:
-    """The job table over one connection, with `cutoff` deciding which jobs are expired. Only
-    `delete` writes. All methods raise PurgeError."""
+    """What the run reads of the job table, with the gate's own SQL. It never writes. All methods
+    raise PurgeError."""
 
-    def __init__(self, connection: Any, name: str, cutoff: datetime) -> None:
-        self._connection, self.name = connection, name
-        schema, _, table = name.replace("`", "``").rpartition(".")  # a schema may have dots
-        self._from = f"FROM `{schema}`.`{table}`"
-        moment = cutoff.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
-        in_time = f"`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}'"
-        # "This job is expired", 0 or 1: NULL makes the AND NULL, and IS TRUE makes that 0.
-        self._expired = f"(({in_time} AND {TYPE} = 'TRIAL') IS TRUE)"
-        # Of each name its bytes, jobs and expired jobs.
-        counts = f"COUNT(*), COUNT(NULLIF({self._expired}, 0))"
-        self._references = f"SQL_BIG_RESULT IFNULL({NAME}, ''), {counts}"
-        self._describe()
-        # Whether an index leads with `sourceData`, so that a re-check need not scan the table.
-        leads = "Column_name = 'sourceData' AND Seq_in_index = 1 AND Index_type = 'BTREE'"
-        self.indexed = bool(self._query("SHOW INDEX", f"WHERE {leads}"))
-
-    def _query(self, what: str, rest: str = "", doing: str = "read") -> list[tuple[Any, ...]]:
-        sql = f"{what} {self._from} {rest}"
-        return query(self._connection, f"Cannot {doing} {self.name}", sql)
-
-    def _describe(self) -> None:
-        """Learn how `sourceData` holds text, after a look at all columns."""
-        rows = self._query("SHOW FULL COLUMNS")
-        columns = {name.lower(): (kind.lower(), collation) for name, kind, collation, *_ in rows}
+    def __init__(self, connection: Any, gate: Gate) -> None:
+        self._connection, self._gate, self.name = connection, gate, gate.table
+        self._columns = {row[0].lower(): row for row in gate.columns}
         for name in ("jobId", "completedAt", "type", "sourceData"):
-            if name.lower() not in columns:
+            if name.lower() not in self._columns:
                 raise PurgeError(f"{self.name} has no column {name}: is it the job table?")
-        moment, (kind, self._collation) = columns["completedat"][0], columns["sourcedata"]
+        moment = self._columns["completedat"][1].lower()
         if moment.startswith("datetime"):
             log.warning("completedAt is a DATETIME: its values are taken as UTC")
         elif not moment.startswith("timestamp"):
             raise PurgeError(f"{self.name}.completedAt must be a TIMESTAMP column, not {moment}.")
-        self._charset = (self._collation or "").split("_")[0]
-        if self._charset not in CHARSETS:
-            known = f"a text column in one of {', '.join(CHARSETS)}: it is {kind} {self._charset}"
-            raise PurgeError(f"{self.name}.sourceData must be {known}.")
-        length = re.search(r"char\((\d+)\)", kind)
-        self._length = int(length[1]) if length else KEY_BYTES
-        self._strips = kind.startswith("char")  # a CHAR gives no trailing blanks back
+        doing, sql = f"Cannot read {self.name}", f"SHOW INDEX {gate.source}"
+        with database_errors(doing), connection.cursor(pymysql.cursors.DictCursor) as cursor:
+            cursor.execute(sql)
+            self._indexes = [*cursor.fetchall()]
+        # Whether an index leads with `sourceData` and is used, so that a re-check scans nothing.
+        self.indexed = any(
+            (row["Column_name"] or "").lower() == "sourcedata"
+            and (row["Seq_in_index"], row["Index_type"]) == (1, "BTREE")
+            and (row.get("Visible", "YES"), row.get("Ignored", "NO")) == ("YES", "NO")
+            for row in self._indexes
+        )
 
     def can_hold(self, name: str) -> bool:
-        """Whether `sourceData` can spell the name: if not, a job of it stands there mangled."""
-        codec = CHARSETS[self._charset]
+        """Whether the column can store the name. If not, a job for it is stored cut or altered, so
+        the object may be in use."""
+        kind, collation = self._columns["sourcedata"][1].lower(), self._columns["sourcedata"][2]
+        charset = collation.split("_")[0]
+        codec = {"ascii": "ascii", "latin1": "cp1252"}.get(charset, "utf-8")
+        length = re.search(r"char\((\d+)\)", kind)
+        fits = len(name) <= (int(length[1]) if length else KEY_BYTES)
         spelt = name.encode(codec, "ignore").decode(codec) == name
-        narrow = self._charset in ("utf8", "utf8mb3") and max(name) > "\uffff"
-        stripped = self._strips and name.endswith(" ")
-        return spelt and len(name) <= self._length and not narrow and not stripped
+        narrow = charset in ("utf8", "utf8mb3") and max(name) > "\uffff"
+        stripped = kind.startswith("char") and name.endswith(" ")  # a CHAR gives none back
+        return fits and spelt and not narrow and not stripped
 
-    def references(self) -> Iterator[Reference]:
-        """Each distinct `sourceData`, in byte order, its jobs and expired jobs.
+    def references(self) -> Iterator[tuple[bytes, int, int]]:
+        """Yield each distinct `sourceData` as UTF-8, in byte order, its jobs and expired jobs.
 
         SQL_BIG_RESULT makes the server sort instead of filling a temporary table keyed by the
-        group, five times faster on millions of rows, under any collation and with or without an
-        index. Read it at once: a client that stops reading is cut off after net_write_timeout (60
-        s), and an open read keeps a snapshot alive.
+        group: five times faster on millions of rows. Read it at once: a client that stops reading
+        is cut off after net_write_timeout (60 s), and an open read keeps a snapshot alive.
         """
-        self._connection._read_timeout = PLAN_TIMEOUT  # PyMySQL applies it at its next read
-        sql = f"SELECT {self._references} {self._from} GROUP BY 1 ORDER BY 1"
+        self._connection._read_timeout = PLAN_TIMEOUT
+        sql = f"SELECT SQL_BIG_RESULT {self._gate.counts} {self._gate.source} GROUP BY 1 ORDER BY 1"
         with database_errors(f"Cannot read {self.name}"):
             cursor = self._connection.cursor(pymysql.cursors.SSCursor)
             try:
                 cursor.execute(sql)
                 while rows := cursor.fetchmany(BLOCK):  # half as dear as one by one
-                    for name, jobs, expired in rows:
-                        yield Reference(name.decode(), jobs, expired)
+                    yield from rows
             finally:
                 # PyMySQL would first read all that is left. The connection is closed instead.
                 if cursor._result is not None:
@@ -676,95 +1150,128 @@ class JobTable:
         """Keep the connection, and the lock on it, from being cut as idle."""
         query(self._connection, "The database connection is lost", "DO 0")
 
-    def sample(self) -> list[str]:
-        """Names of some remaining jobs, from all over the table."""
-        some = f"WHERE NOT {self._expired} AND {NAME} <> '' ORDER BY RAND() LIMIT {SAMPLE}"
-        return [name.decode() for (name,) in self._query(f"SELECT {NAME}", some)]
+    def _select(self, columns: str, names: Collection[str], which: str) -> list[tuple[Any, ...]]:
+        exact = ",".join(f"x'{name.encode().hex()}'" for name in names)
+        sql = f"SELECT {columns} {self._gate.source} WHERE {self._gate.among(names)} "
+        doing = f"Cannot read jobs in {self.name}"
+        return query(self._connection, doing, f"{sql} AND {NAME} IN ({exact}) {which}")
 
-    def referenced(self, names: Collection[str]) -> dict[str, Reference]:
-        """Those of `names` that jobs refer to at this moment, and by how many."""
-        which, doing = f"WHERE {self._among(names)} GROUP BY 1", "re-check references in"
-        rows = self._query(f"SELECT {self._references}", which, doing)
-        found = (Reference(name.decode(), jobs, expired) for name, jobs, expired in rows)
-        return {item.key: item for item in found if item.key in names}
+    def expired_rows(self, names: Collection[str], most: int = ROWS) -> list[Row]:
+        """Up to `most` expired jobs of these names, with all columns that an INSERT can set. Values
+        are exact: int, float, str (also moments, in UTC, and decimals), None, or {"hex": bytes}."""
+        columns, texts, parts = [], [], [NAME]
+        for name, kind, collation, _, _, _, extra, *_ in self._gate.columns:
+            if not re.search(r"(VIRTUAL|STORED) GENERATED|PERSISTENT", extra, re.IGNORECASE):
+                columns.append(name)
+                texts.append(collation is not None)
+                parts.append(exactly(f"`{name.replace('`', '``')}`", kind.lower(), collation))
+        rows = []
+        which = f"AND {self._gate.expired} LIMIT {most}"
+        for raw, *values in self._select(", ".join(parts), names, which):
+            row = dict(zip(columns, map(logged, values, texts), strict=True))
+            (job_id,) = [value for name, value in row.items() if name.lower() == "jobid"]
+            if isinstance(job_id, str | int):  # else it is no UTF-8: such a row stays
+                rows.append(Row(job_id, raw.decode(), row))
+        return rows
 
-    def _among(self, names: Iterable[str]) -> str:
-        """SQL that finds a superset of the jobs of these names under any collation, through an
-        index if there is one. A name that the column's character set cannot spell becomes another,
-        which is right: no row can hold it. Whoever asks compares the bytes of the answer."""
-        form = f"CONVERT(%s USING {self._charset}) COLLATE {self._collation}"
-        form = "%s" if self._charset == "utf8mb4" else form  # that of the connection
-        escaped = map(self._connection.escape, names)
-        return f"`sourceData` IN ({','.join(form % name for name in escaped)})"
-
-    def expired_rows(self, names: Collection[str]) -> list[tuple[str, str, str]]:
-        """Of up to ROWS expired jobs of these names jobId, completedAt and sourceData."""
-        exact = ",".join(map(self._connection.escape, names))
-        which = f"WHERE {self._among(names)} AND {NAME} IN ({exact}) AND {self._expired}"
-        what = f"SELECT `jobId`, CAST(`completedAt` AS CHAR), {NAME}"
-        rows = self._query(what, f"{which} LIMIT {ROWS}", "read the expired jobs in")
-        return [(job_id, moment, name.decode()) for job_id, moment, name in rows]
-
-    def delete(self, rows: list[tuple[str, str, str]]) -> int:
-        """Delete these jobs, if they are as they were read and still expired; how many were."""
-        escaped = self._connection.escape
-        ids = ",".join(escaped(job_id) for job_id, _, _ in rows)
-        pairs = ",".join(f"({escaped(job_id)},{escaped(name)})" for job_id, _, name in rows)
-        which = f"WHERE `jobId` IN ({ids}) AND {self._expired} AND ({ID}, {NAME}) IN ({pairs})"
-        with database_errors(f"Cannot delete from {self.name}"):
-            return int(self._connection.cursor().execute(f"DELETE {self._from} {which}"))
+    def jobs_of(self, name: str, most: int) -> list[tuple[Any, ...]]:
+        """Up to `most` jobs of a name: id, type, completedAt, whether it is expired. Those that
+        keep the object come first, then the one that expired last."""
+        job_id = exactly("`jobId`", *self._columns["jobid"][1:3])
+        kind, moment = TEXT_BYTES.format("`type`"), "CAST(`completedAt` AS CHAR)"
+        columns = f"{job_id}, {kind}, {moment}, {self._gate.expired}"
+        found = self._select(columns, [name], f"ORDER BY 4, `completedAt` DESC, 1 LIMIT {most}")
+        return [
+            tuple(v.decode(errors="replace") if isinstance(v, bytes) else v for v in row)
+            for row in found
+        ]
 
     def row_refusals(self) -> Iterator[str]:
-        """Why job rows cannot be deleted, if so. EXPLAIN asks for the rights of the statement that
-        it explains, and does nothing; on a read-only server (a dry run's) it tells nothing.
-
-        Warns of tables that a DELETE opens besides, for ON DELETE CASCADE or a trigger. No view
-        shows them to a user without rights on them, but the second EXPLAIN counts them.
-        """
-        opened, status = [], "SHOW SESSION STATUS LIKE 'Table_open_cache%s'"
+        """Yield each reason why job rows cannot be deleted. EXPLAIN asks for the rights of the
+        statement that it explains, and does nothing. On a read-only server (a dry run's) it tells
+        nothing."""
+        kind, collation = self._columns["jobid"][1:3]
+        if not re.match(r"\w*int\b", kind.lower()) and collation is None:
+            yield f"--delete-jobs, but {self.name}.jobId is {kind}, neither a text nor an integer"
+        parts = Counter(row["Key_name"] for row in self._indexes)
+        if self._columns["jobid"][3] != "NO" or not any(
+            (row["Column_name"] or "").lower() == "jobid"
+            and (row["Non_unique"], row["Sub_part"], parts[row["Key_name"]]) == (0, None, 1)
+            for row in self._indexes
+        ):
+            yield f"--delete-jobs, but {self.name}.jobId is not unique: make it the primary key"
+        self.expired_rows([""], 0)  # an error in a column of an odd type comes here, not later
         try:
-            for _ in range(2):
-                self._query("EXPLAIN DELETE", "WHERE FALSE", "check the right to delete from")
-                rows = query(self._connection, "Cannot count open tables", status % "%")
-                opened.append(sum(int(n) for name, n in rows if not name.endswith("overflows")))
+            sql = f"EXPLAIN DELETE {self._gate.source} WHERE FALSE"
+            query(self._connection, f"Cannot check the right to delete from {self.name}", sql)
         except PurgeError as error:
             if error.code == "1142":
                 yield f"--delete-jobs, but the user has no DELETE on {self.name}: grant it"
             elif error.code != "1290":
                 raise
-            return
-        if opened[1] - opened[0] > 1:
-            others = "a foreign key with ON DELETE CASCADE, or a trigger, may change them"
-            log.warning("a DELETE in %s opens other tables: %s", self.name, others)
 
 
-def read_references(jobs: JobTable, policy: Policy, totals: Totals) -> Iterator[Reference]:
-    """What the table says of each key, counted; given are the keys that the run must know: those of
-    expired jobs, with --orphans all. Most of a table is of remaining jobs."""
+def exactly(column: str, kind: str, collation: str | None) -> str:
+    """SQL that reads a column without loss: texts as UTF-8, moments and decimals as text. A FLOAT
+    would be printed with six digits."""
+    if collation is not None:
+        return TEXT_BYTES.format(column)
+    if kind.startswith("float"):
+        return f"{column} + 0E0"
+    plain = r"\w*int\b|double|bit|json|\w*binary|\w*blob|geom|point|line|polygon|multi"
+    return column if re.match(plain, kind) else f"CAST({column} AS CHAR)"
 
-    every = policy.orphans_before is not None
-    for name, count, expired in ascending(jobs.references(), "list of the table's keys"):
-        key = policy.prefix + name
+
+def logged(value: Any, is_text: bool) -> Any:
+    """A column's value for the audit log: bytes as text if they are one, else in hexadecimal."""
+    if not isinstance(value, bytes):
+        return value
+    text = utf8(value) if is_text else None
+    return {"hex": value.hex()} if text is None else text
+
+
+def read_references(
+    jobs: JobTable, terms: Terms, totals: Totals, sample: Sample[str]
+) -> Iterator[Reference]:
+    """Yield the references that the run must know, while `totals` counts all of the table: with
+    --orphans every one, else those of expired jobs. Most of a table is of remaining jobs."""
+    every, rows, prefix = terms.orphans_before is not None, terms.rows, terms.prefix
+    room = KEY_BYTES - len(prefix.encode())
+    for raw, count, expired in ascending(jobs.references(), "list of the table's keys"):
         totals.jobs += count
-        if not name or len(key.encode()) > KEY_BYTES:
+        if not 0 < len(raw) <= room or (name := utf8(raw)) is None:
             totals.nameless += count
             continue
         totals.expired_jobs += expired
         totals.expired += expired == count
-        totals.remaining += expired < count
-        if every or (expired if policy.rows else expired == count):
-            yield Reference(key, count, expired)
+        if expired < count:
+            totals.remaining += 1
+            sample.add(name)
+        if every or (expired if rows else expired == count):
+            yield Reference(prefix + name, count, expired)
     if totals.nameless:
         log.warning("%d jobs have no sourceData that can be a key", totals.nameless)
 
 
-# --- S3 -------------------------------------------------------------------------------------------
+def utf8(raw: bytes) -> str | None:
+    """None for bytes that are no UTF-8: MariaDB stores such names, S3 has no such keys."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
-# Of each operation the root of its answer; DeleteObject is answered by a status alone.
-ROOTS: dict[str, str | int] = {
+
+# --- S3: what lies in the bucket, and what S3 says ------------------------------------------------
+
+# Without --orphans, a page with fewer wanted keys is not worth its parsing: each key is sought by
+# itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
+SPARSE, SEEK = 25, 10
+# References whose objects are listed ahead: all objects, or theirs alone. Pages ahead of a part.
+LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 6
+END = "\U0010ffff" * KEY_BYTES  # above every key
+# The root of the answer to each operation that reads.
+ROOTS = {
     "ListObjectsV2": "ListBucketResult",
-    "DeleteObjects": "DeleteResult",
-    "DeleteObject": 204,
     "ListObjectVersions": "ListVersionsResult",
     "GetBucketVersioning": "Versioning",
 }
@@ -782,6 +1289,8 @@ BUCKET_ADVICE = {
     "PermanentRedirect": "Check --region: the bucket is in another one.",
     "RequestTimeTooSkewed": "Set this host's clock.",
 }
+# Codes after which nothing is certain: S3's, and ours for answers that are not in S3's words.
+MAYBE_DONE = {"InternalError", "RequestTimeout", "OperationAborted", "NoAnswer", "InvalidAnswer"}
 
 
 class Page(NamedTuple):
@@ -812,77 +1321,52 @@ class Version(NamedTuple):
         return self.is_marker and self.is_latest and in_time
 
 
-class Verdict(NamedTuple):
-    """What S3 said of one key: deleted if there is no `code`, or why not; `marker` is the version
-    id of the delete marker, in a versioned bucket."""
-
-    code: str = ""
-    message: str = ""
-    marker: str | None = None
+def s3_config(workers: int, timeout: int) -> Config:
+    """The settings of a client; `timeout` in seconds. botocore repeats no delete: each try needs a
+    re-check of its own."""
+    return Config(
+        retries={"mode": "standard", "total_max_attempts": 1 if timeout == DELETE_TIMEOUT else 5},
+        max_pool_connections=4 * workers,
+        connect_timeout=S3_CONNECT_TIMEOUT,
+        read_timeout=timeout,
+        parameter_validation=False,  # half of the CPU of a request
+    )
 
 
 class Bucket:
-    """One bucket below one prefix; safe to use from several threads. Every answer must be what was
-    asked for, whole: an empty or foreign body would parse to an empty listing. All methods raise
+    """Reads one bucket below one prefix; any thread may use it. Every answer must be what was asked
+    for, whole: an empty or foreign body would parse to an empty listing. All methods raise
     PurgeError."""
 
-    def __init__(self, session: boto3.Session, report: Report, workers: int, stop: Stop) -> None:
-        self.name, self.prefix = report.bucket, report.prefix
-        self.workers, self._report, self.stop = workers, report, stop
-        self._counting, self._thread = threading.Lock(), threading.local()
-        self._read = self._client(session, LIST_TIMEOUT, attempts=5)
-        # A delete is not repeated by botocore: each try needs a new re-check of its own.
-        self._write = self._client(session, DELETE_TIMEOUT, attempts=1)
-
-    def _client(self, session: boto3.Session, timeout: int, attempts: int) -> Any:
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": attempts},
-            max_pool_connections=4 * self.workers,
-            connect_timeout=S3_CONNECT_TIMEOUT,
-            read_timeout=timeout,
-            parameter_validation=False,  # half of the CPU of a DeleteObjects
-        )
-        with bucket_errors(f"Cannot use S3 for bucket {self.name}"):
-            client = session.client("s3", config=config)
+    def __init__(self, wire: Wire, prefix: str, workers: int, stop: Stop, count: Any) -> None:
+        self.name, self.prefix, self.workers = wire.bucket, prefix, workers
+        self._read, self._stop, self._count = wire.reader, stop, count
         # The wildcard puts it before botocore's own parse of the body for errors.
-        client.meta.events.register_first("before-parse.*", read_answer)
-        client.meta.events.register("before-send.s3", self._leave)
-        return client
+        self._read.meta.events.register_first("before-parse.*", check_answer)
+        self._read.meta.events.register("before-send.s3", self._before_send)
 
-    def _leave(self, event_name: str, **_: Any) -> None:
-        """Event `before-send`: the request is signed, which may have refreshed credentials for a
-        minute, and would leave now. Raises if it must not."""
-        operation, report = event_name.rpartition(".")[2], self._report
-        deletes = operation.startswith("Delete")
-        age = time.monotonic() - self._thread.checked if deletes else 0.0
-        if age > MAX_RECHECK_AGE:
-            message = f"its re-check was {age:.0f} s old when it would have left"
-            raise PurgeError(message, code="NotSent")
-        if not deletes:
-            self.stop.check()
-        with self._counting:
-            report.requests["list"] += operation.startswith("List")
-            report.requests["delete"] += deletes
-            if deletes and not report.undoes:
-                oldest = report.max_recheck_age_seconds or 0.0
-                report.max_recheck_age_seconds = max(oldest, round(age, 3))
+    def _before_send(self, event_name: str, **_: Any) -> None:
+        self._stop.check()
+        if ".List" in event_name:
+            self._count()
 
-    def look(self) -> None:
-        """Learn the bucket's versioning, and by how much S3's clock leads this host's."""
+    def look(self) -> tuple[str, timedelta]:
+        """Return the bucket's versioning (off, enabled, suspended), and by how much S3's clock is
+        ahead of this host's."""
         doing = f"Cannot read the versioning of bucket {self.name}"
         with bucket_errors(doing, "s3:GetBucketVersioning"):
             answer = self._read.get_bucket_versioning(Bucket=self.name)
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         if date is None:
             raise PurgeError("S3's answer has no Date header: is this S3?")
-        self._report.versioning = answer.get("Status", "off").lower()
-        self.s3_lead = parsedate_to_datetime(date) - datetime.now(UTC)
+        return answer.get("Status", "off").lower(), parsedate_to_datetime(date) - datetime.now(UTC)
 
     def page(
         self, after: str = "", limit: int = PAGE, token: str | None = None, prefix: str = ""
     ) -> Page:
-        """Up to `limit` objects after the key `after`, where `token` may continue the listing. At
-        least one, but at its end: a page without keys that has a token is followed."""
+        """Return up to `limit` objects after the key `after`, where `token` may continue the
+        listing; at least one, unless there are no more. A page without keys, but with a token, is
+        followed."""
         while True:
             where: Any = {"ContinuationToken": token} if token else {"StartAfter": after}
             where |= {"Prefix": prefix or self.prefix, "MaxKeys": limit}
@@ -895,6 +1379,8 @@ class Bucket:
                     end = page.last or after, END
                     self._gap = (after, page.objects[0].key) if page.token else end
                 return page
+            if page.token == token:
+                raise PurgeError(f"The listing of {self.name} does not go on: same token again.")
             token = page.token
 
     def _check(self, page: Page, after: str, asked: str) -> None:
@@ -910,15 +1396,18 @@ class Bucket:
             strange = printable(foreign[0])
             raise PurgeError(f"The listing of {self.name} gave {strange}, which was not asked for.")
 
-    def exists(self, key: str) -> bool:
-        """The key itself sorts first among those that it is a prefix of."""
-        return [item.key for item in self.page(limit=1, prefix=key).objects] == [key]
+    def find(self, key: str) -> S3Object | None:
+        """Return the object, if it is there. It sorts first among those that begin with its key."""
+        found = self.page(limit=1, prefix=key).objects
+        return found[0] if found and found[0].key == key else None
 
     def objects(self, references: Spool[Reference], whole: bool) -> Iterator[S3Object]:
-        """All objects if `whole`, else at least those that the references name, in order. These cut
-        the listing into parts, of which some are listed at the same time: about as many requests
-        as there are references, however large the bucket is, or as it has pages where they lie
-        densely."""
+        """Yield all objects if `whole`, else at least those that the references name, in order.
+
+        The references cut the listing into parts, and several parts are listed at the same time.
+        That takes about as many requests as there are references, or, where these lie densely, as
+        the bucket has pages.
+        """
         count = len(references)
         first = self.page("" if whole or not count else just_before(references[0].key))
         if first.token is None or not (whole or count):
@@ -926,7 +1415,7 @@ class Bucket:
             return
         near = [reference.key for reference in references.slice(0, min(count, PAGE))]
         dense = whole or is_dense(bisect_right(near, first.last), first)
-        # A page keeps the CPU busy and the memory full, a seek mostly waits.
+        # A page keeps the CPU busy and the memory full. A seek mostly waits.
         width = self.workers if dense else 4 * self.workers
         size = max(min(count, LISTED_AHEAD if whole else SOUGHT_AHEAD) // width, 1)
 
@@ -944,8 +1433,9 @@ class Bucket:
         yield from chain.from_iterable(ahead(parts, width, PAGES_AHEAD if whole else 0))
 
     def _part(self, low: str, keys: list[str], whole: bool, limit: int) -> Iterator[list[S3Object]]:
-        """The objects above `low`, up to the last of the sorted `keys`; if not `whole` those with
-        one of the keys: each request leaps to the next one. The first lists `limit` objects."""
+        """Yield lists of objects above `low`, up to the last of the sorted `keys`: all if `whole`,
+        else those with one of the keys. Then each request starts just before the next wanted key.
+        The first request lists `limit` objects."""
         wanted, place, token = {*keys}, 0, None
         after = just_before(low) if NOT_XML.search(low) else low
         while place < len(keys):
@@ -961,18 +1451,18 @@ class Bucket:
             limit = PAGE if whole or is_dense(place - sought, page) else SEEK
 
     def each(self, ask: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
-        """The answers for some keys, in their order, asked for at the same time."""
+        """Yield the answers for some keys, in their order. Several are asked for at once."""
         return ahead((map(ask, [key]) for key in keys), 4 * self.workers)
 
     def versions(self, key: str) -> list[Version]:
-        """The newest versions and delete markers of a key, the latest first."""
+        """Return the newest versions and delete markers of a key, the latest first."""
         doing = f"Cannot list the versions in bucket {self.name}"
         with bucket_errors(doing, "s3:ListBucketVersions"):
             answer: Any = self._read.list_object_versions(Bucket=self.name, Prefix=key, MaxKeys=50)
         if answer.get("EncodingType") != "url" and NOT_XML.search(key):
             raise PurgeError(f"{doing}: the server cannot spell {printable(key)}.")
-        # The key's own versions come first, before those of keys that it is a prefix of. Of two of
-        # the same second a marker counts as the later one: nothing is restored on a guess.
+        # The versions of the key come before those of longer keys. Of two of the same second a
+        # marker counts as the later one: nothing is restored on a guess.
         found = [
             Version(item["VersionId"], item["LastModified"], item["IsLatest"], kind != "Versions")
             for kind in ("Versions", "DeleteMarkers")
@@ -981,60 +1471,27 @@ class Bucket:
         ]
         return sorted(found, key=lambda it: (it.is_latest, it.modified, it.is_marker), reverse=True)
 
-    def delete(self, items: list[Candidate], checked: float) -> list[Verdict]:
-        """Ask S3 to delete the keys in one request, by a re-check begun at `checked` (monotonic
-        seconds); exactly one verdict for each, in their order.
-
-        A key that S3 does not have is answered as deleted. Raises NotSent if the re-check was too
-        old, PurgeError if the request failed as a whole: then any of the keys may be gone.
-        """
-        self._thread.checked = checked
-        right = "s3:DeleteObjectVersion" if items[0].version_id else "s3:DeleteObject"
-        names: Any = [{"Key": item.key, "VersionId": item.version_id} for item in items]
-        with bucket_errors(f"Cannot delete in bucket {self.name}", right):
-            if NOT_XML.search(items[0].key):
-                return [self._delete_single(names[0])]
-            answer = self._write.delete_objects(Bucket=self.name, Delete={"Objects": names})
-        done = answer.get("Deleted", [])
-        verdicts = {it.get("Key"): Verdict(marker=it.get("DeleteMarkerVersionId")) for it in done}
-        for it in answer.get("Errors", []):  # of two answers to a key the error counts
-            verdicts[it.get("Key")] = Verdict(it.get("Code") or "unknown", it.get("Message", ""))
-        silence = Verdict("NoAnswer", "S3's answer does not mention the key")
-        return [verdicts.get(item.key, silence) for item in items]
-
-    def _delete_single(self, name: Any) -> Verdict:
-        try:
-            answer = self._write.delete_object(Bucket=self.name, **name)
-        except aws.ClientError as error:  # a verdict on this key, not on the request as a whole
-            facts = error.response.get("Error", {})
-            return Verdict(facts.get("Code") or "unknown", facts.get("Message", ""))
-        return Verdict(marker=answer.get("VersionId"))
-
 
 def is_dense(references: int, page: Page) -> bool:
     """Whether so many references on a page are worth its parsing; the first of them was sought."""
     return (references - 1) * PAGE >= SPARSE * (len(page.objects) - 1)
 
 
-def batches(items: Iterable[Candidate]) -> Iterator[list[Candidate]]:
-    """Cut keys into requests: up to 1,000, or a single one that XML cannot carry."""
-    for odd, group in groupby(items, key=lambda item: NOT_XML.search(item.key) is not None):
-        yield from chunks(group, 1 if odd else BATCH)
+def check_answer(operation_model: Any, response_dict: Any, **more: Any) -> None:
+    """Event `before-parse`: check that the body answers the operation, and parse a listing.
 
-
-def read_answer(operation_model: Any, response_dict: Any, **more: Any) -> None:
-    """Event `before-parse`: check that the body is an answer to the operation, and parse a listing,
-    as botocore accepts whatever is well-formed, and spends most of its time on timestamps. One that
-    is not what S3 documents becomes a 500 with the code InvalidAnswer, which is tried again."""
-    wanted, status = ROOTS.get(operation_model.name), response_dict["status_code"]
-    if wanted is None or status >= 300 or status == wanted:
+    botocore accepts whatever is well-formed, and spends most of its time on timestamps. An answer
+    that is not what S3 documents becomes a 500 with the code InvalidAnswer, which is tried again.
+    """
+    wanted = ROOTS.get(operation_model.name)
+    if wanted is None or response_dict["status_code"] >= 300:
         return
     try:
         body = response_dict["body"].decode()
         root = re.match(r"\s*(?:<\?xml[^>]*\?>\s*)?<([\w:]+)[^>]*?(/?)>", body)
         if root and root[1] == "Error":
             return  # botocore knows these: S3 answers 200 before it knows that it fails
-        if not root or str(wanted) not in root[1]:
+        if not root or wanted not in root[1]:
             raise ValueError(f"no <{wanted}>")
         if not root[2] and not body.rstrip().endswith(f"</{root[1]}>"):
             raise ValueError("the end is missing")
@@ -1050,9 +1507,9 @@ def read_answer(operation_model: Any, response_dict: Any, **more: Any) -> None:
 
 
 def parse_listing(body: str) -> Page:
-    """ListBucketResult -> Page. botocore asks for EncodingType=url, so keys are percent-encoded. By
-    pattern, in a third of the time of an XML parser; that the body is whole is seen from its end,
-    from KeyCount, and from every object having each column once."""
+    """Read a ListBucketResult, by pattern, in a third of the time of an XML parser. Its end, its
+    KeyCount, and each column of each object show that it is whole. botocore asks for
+    EncodingType=url, so keys are percent-encoded. Raises ValueError or ParseError."""
     frame = OBJECTS.sub("", body)
     raw, sizes, moments = columns = [column.findall(body) for column in COLUMNS]
     count = int(only("KeyCount", frame))
@@ -1068,7 +1525,7 @@ def parse_listing(body: str) -> Page:
 
 
 def only(tag: str, text: str) -> str:
-    """The text of the only element that is called so."""
+    """Return the text of the only element that is called so. Raises ValueError."""
     found = re.findall(f"<{tag}>([^<]*)</{tag}>", text)
     if len(found) != 1:
         raise ValueError(f"{len(found)} <{tag}>")
@@ -1080,6 +1537,56 @@ def plain(text: str) -> str:
     return (ElementTree.fromstring(f"<x>{text}</x>").text or "") if "&" in text else text
 
 
+def read_verdicts(answer: Any, keys: Sequence[str], fault: str) -> list[Verdict]:
+    """Read S3's answer to a DeleteObjects request, given as (status, body), or None if there was
+    none because of `fault`. Return a verdict for each key, in order.
+
+    Only S3's own words are believed. All else, such as what a gateway says, leaves keys in doubt.
+    """
+    if answer is None:
+        return [Verdict("NoAnswer", fault, in_doubt=True)] * len(keys)
+    status, body = answer
+    root = ElementTree.Element("none")
+    with suppress(ElementTree.ParseError, ValueError, LookupError):
+        root = ElementTree.fromstring(body)
+    if local(root) == "Error":
+        return [refusal(root)._replace(whole=True)] * len(keys)
+    if (local(root), status) != ("DeleteResult", 200):
+        message = f"the answer with HTTP status {status} is not in S3's words"
+        return [Verdict("InvalidAnswer", message, in_doubt=True)] * len(keys)
+    found: dict[str, Verdict] = {}
+    for item in root:
+        facts = texts(item)
+        if local(item) == "Error":  # of two answers to a key the error counts
+            found[facts.get("Key", "")] = refusal(item)
+        elif local(item) == "Deleted":
+            marker = facts.get("DeleteMarkerVersionId")
+            found.setdefault(facts.get("Key", ""), Verdict(marker=marker))
+    silence = Verdict("NoAnswer", "S3's answer does not mention the key", in_doubt=True)
+    return [found.get(key, silence) for key in keys]
+
+
+def refusal(error: ElementTree.Element) -> Verdict:
+    facts = texts(error)
+    code = facts.get("Code") or "unknown"
+    return Verdict(code, facts.get("Message", ""), in_doubt=not is_certain(code))
+
+
+def is_certain(code: str) -> bool:
+    """Whether this code says that nothing was done: S3's own ones are words that begin with a
+    capital. botocore gives the number of a status where a gateway has answered."""
+    return bool(re.fullmatch("[A-Z][A-Za-z]+", code)) and code not in MAYBE_DONE
+
+
+def texts(element: ElementTree.Element) -> dict[str, str]:
+    return {local(child): child.text or "" for child in element}
+
+
+def local(element: ElementTree.Element) -> str:
+    """The tag without its namespace."""
+    return element.tag.rpartition("}")[2]
+
+
 @contextmanager
 def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
     """Turn what botocore raises into a PurgeError of one line: what was done, why it failed.
@@ -1089,33 +1596,18 @@ def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
     except aws.ClientError as error:
         facts = error.response.get("Error", {})
         code, message = facts.get("Code") or "unknown", facts.get("Message") or ""
-        advice = f"The AWS identity needs {right}." if code == "AccessDenied" else ""
-        advice = advice or BUCKET_ADVICE.get(code, "")
+        advice = advice_for(code, right)
         raise PurgeError(f"{doing}: {code}: {message.rstrip('.')}. {advice}", code=code) from error
     except (aws.HTTPClientError, aws.ConnectionError, ResponseParserError) as error:
         raise PurgeError(f"{doing} (check network, --region): {error}", code="NoAnswer") from error
 
 
-# --- Report: what is counted, printed, logged and returned ----------------------------------------
+def advice_for(code: str, right: str) -> str:
+    needs = f"The AWS identity needs {right}." if code == "AccessDenied" else ""
+    return needs or BUCKET_ADVICE.get(code, "")
 
-# What the numbers of the summary mean, and what may come next.
-MEANINGS = {
-    "cutoff": ": TRIAL jobs completed before it are expired",
-    "retained": " planned, but a job refers to them by now, or their jobs have vanished",
-    "retained in an undo": " cannot be brought back; the log says why",
-    "not_attempted": " planned, but the run stopped",
-    "missing": " expired keys have no object",
-    "missing in an undo": " have an object already",
-    "dangling": " keys of remaining jobs have no object: it may be lost data",
-}
-ADVICE = {
-    "enabled": "The bucket is versioned: a delete hides an object; its space is freed when a\n"
-    "lifecycle rule expires old versions. Only a run with --audit-log can be undone.",
-    "suspended": "Versioning is suspended: objects written since are gone once deleted, older\n"
-    "ones are hidden behind a delete marker.",
-    "restored": "The next purge deletes these keys again, unless its schedule is stopped or an\n"
-    "OFFICIAL job refers to them.",
-}
+
+# --- Report: what is counted, logged and returned -------------------------------------------------
 
 
 @dataclass
@@ -1132,6 +1624,7 @@ class Report:
     table: str | None = None
     cutoff: str | None = None
     versioning: str | None = None
+    seen: dict[str, int | None] | None = None
     planned: dict[str, int] | None = None
     deleted: Tally = field(default_factory=Tally)  # in an undo "restored"
     retained: int = 0
@@ -1139,57 +1632,81 @@ class Report:
     not_attempted: int | None = None
     missing: int | None = None
     dangling: int | None = None
+    doubtful: int | None = None
     jobs_deleted: int = 0
     recoverable: bool | None = None
     requests: dict[str, int] = field(default_factory=lambda: {"list": 0, "delete": 0})
     max_recheck_age_seconds: float | None = None
-    seconds: float = field(default_factory=time.monotonic)  # first the moment of the start
+    seconds: float | None = None
     exit_code: int = 0
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        self._counting, self._started = threading.Lock(), time.monotonic()
+        self.incomplete = False  # something else is left for the next run: exit code 4
 
     @property
     def undoes(self) -> bool:
         return self.mode.startswith("undo")
 
+    @property
+    def is_dry(self) -> bool:
+        return self.mode.endswith("dry-run")
+
+    def count_list(self) -> None:
+        with self._counting:
+            self.requests["list"] += 1
+
+    def count_delete(self, age: float) -> None:
+        """A delete left, by a re-check that was so old (seconds)."""
+        with self._counting:
+            self.requests["delete"] += 1
+            if not self.undoes:
+                oldest = self.max_recheck_age_seconds or 0.0
+                self.max_recheck_age_seconds = max(oldest, round(age, 3))
+
     def plan(self, totals: Totals, whole: bool = False, rows: bool = False) -> None:
-        """The plan is complete; `whole` if all objects were listed, `rows` if job rows may go."""
+        """The plan is complete. `whole`: all objects were listed. `rows`: job rows may go."""
         self.planned = {**totals.planned, "jobs": totals.expired_jobs if rows else 0}
         self.missing, self.dangling = totals.missing, totals.dangling if whole else None
+        if not self.undoes:
+            self.doubtful = totals.doubtful
+            self.seen = {"jobs": totals.jobs, "expired_jobs": totals.expired_jobs}
+            self.seen |= {"expired_keys": totals.expired, "remaining_keys": totals.remaining}
+            self.seen["objects"] = totals.listed if whole else None
 
     def end(self, error: PurgeError | None) -> None:
-        """Exit code: of the first error; else 4 if some keys failed, 0 done or nothing to do."""
+        """Set the exit code: that of the first error; else 4 if something is left to do, or 0."""
         if self.error is None:
+            left = self.failed or self.incomplete or (self.undoes and self.retained)
             self.error = None if error is None else error.message
-            self.exit_code = error.exit_code if error else SOME_FAILED if self.failed else 0
+            self.exit_code = error.exit_code if error else SOME_FAILED if left else 0
 
     def as_dict(self) -> dict[str, Any]:
-        facts = vars(self) | {"seconds": round(time.monotonic() - self.seconds, 3)}
+        facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        facts["seconds"] = round(time.monotonic() - self._started, 3)
         if self.planned is not None:
             ended = self.deleted.objects + self.failed + (0 if self.undoes else self.retained)
             planned = self.planned["expired"] + self.planned["orphan"]
-            facts["not_attempted"] = 0 if self.mode.endswith("dry-run") else planned - ended
+            facts["not_attempted"] = 0 if self.is_dry else planned - ended
         name = {"deleted": "restored"} if self.undoes else {}
         return {name.get(key, key): value for key, value in facts.items()}
 
     def as_text(self) -> str:
-        """The same for an operator: a line for each fact that is known and was asked for."""
+        """The same for an operator: a line for each fact that is known."""
         facts, lines = self.as_dict() | {"bucket": f"s3://{self.bucket}/{self.prefix}"}, []
-        hidden = {"prefix", "version", "recoverable", "error"}
-        if self.mode.endswith("dry-run"):
+        hidden = {"prefix", "version", "error"}
+        if self.is_dry:
             hidden |= {"deleted", "restored", "retained", "failed", "not_attempted", "jobs_deleted"}
-        if not (self.planned and self.planned["jobs"]):
-            hidden |= {"jobs", "jobs_deleted"}
-        if self.dangling is None and not self.undoes:
-            hidden.add("orphan")
-        for name in [name for name in facts if name not in hidden and facts[name] is not None]:
-            text = facts[name]
-            if isinstance(text, dict):
-                counts = [(n, what) for what, n in text.items() if what not in hidden]
-                text = ", ".join(f"{n} {what}{in_units(n, what)}" for n, what in counts)
-            meaning = MEANINGS.get(f"{name} in an undo" if self.undoes else name, "")
-            lines.append(f"{name.replace('_', ' '):<24}{text}{meaning}")
-        advice = ("restored" if self.deleted.objects else "") if self.undoes else self.versioning
-        return "\n".join(lines + [ADVICE[key] for key in (advice or "",) if key in ADVICE])
+        for name, fact in facts.items():
+            if name in hidden or fact is None:
+                continue
+            text = fact
+            if isinstance(fact, dict):
+                counts = [(what, n) for what, n in fact.items() if n is not None]
+                text = ", ".join(f"{what} {n}{in_units(n, what)}" for what, n in counts)
+            lines.append(f"{name:<24}{text}")
+        return "\n".join(lines)
 
 
 def in_units(count: int, what: str) -> str:
@@ -1198,30 +1715,25 @@ def in_units(count: int, what: str) -> str:
     return f" ({count / 1024**unit:.1f} {'KMGT'[unit - 1]}iB)" if unit else ""
 
 
-def watched(items: Iterable[T], phase: str, total: int = 0, minutely: Any = list) -> Iterator[T]:
-    """The same items, `total` if known. Says on standard error how far they are, and how fast: by a
-    progress bar on a terminal, else (a cron log) by a line a minute. Calls `minutely` as often."""
-    started = told = time.monotonic()
-    shows = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-    settings: Any = {"show_pos": True, "item_show_func": lambda rate: rate, "file": sys.stderr}
-    with click.progressbar(repeat(""), total or None, phase, hidden=not shows, **settings) as bar:
-        for count, item in enumerate(items, 1):
-            if count % 100 == 0 or count == total:
-                now = time.monotonic()
-                rate = count / max(now - started, 0.001)
-                bar.update(count - bar.pos, f"{rate:,.0f}/s")
-                if now - told >= 60:
-                    told = now
-                    minutely()
-                    left = f" of {total:,}, {(total - count) / rate:,.0f} s left" if total else ""
-                    if not shows:
-                        log.info("%s: %s%s, %s/s", phase, f"{count:,}", left, f"{rate:,.0f}")
-            yield item
+def hold(file: Any, path: Path, how: int) -> None:
+    """Lock an audit log until the file is closed. Raises PurgeError if another process uses it."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"Another run or undo uses the audit log {path}. Try again later."
+        raise PurgeError(message, LOCKED) from error
+
+
+End = tuple[str, Any, dict[str, Any]]  # what became of a key: event, candidate, further facts
+
+
+def facts_of(item: Candidate) -> dict[str, Any]:
+    return {name: fact for name, fact in item._asdict().items() if fact is not None}
 
 
 class Ledger:
-    """Accounts for every key: in the report, in the audit log, causes of failure also on standard
-    error, the same on many keys in one line.
+    """Accounts for every key: in the report, in the audit log, and causes of failure also on
+    standard error, the same on many keys in one line.
 
     The audit log is JSON Lines, appended: `start`; `plan`; for each key `delete` (the intent, on
     disk before its request leaves) and `deleted`, `failed` or `retained`; for each job row
@@ -1230,19 +1742,25 @@ class Ledger:
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        self._file: io.FileIO | None = None
+        self.file: io.FileIO | None = None
+        self._path = Path()
         self._broken: OSError | None = None
         self._causes: dict[str, list[str]] = {}  # what happened -> the keys, the first three
         self._counts: Counter[str] = Counter()
 
     def start(self, path: Path, settings: dict[str, Any]) -> None:
-        """Raises PurgeError if the file cannot be appended to."""
+        """Raises PurgeError if the file cannot be appended to, or if another process uses it."""
+        self._path = path
         try:
-            self._file = io.FileIO(path, "a+", opener=lambda name, how: os.open(name, how, 0o600))
-            if self._file.seek(0, os.SEEK_END):
-                self._file.seek(-1, os.SEEK_END)
-                if self._file.read() != b"\n":  # a run that was killed left its last line cut
-                    self._file.write(b"\n")
+            file = io.FileIO(path, "a+", opener=lambda name, how: os.open(name, how, 0o600))
+            hold(file, path, fcntl.LOCK_EX)
+            self.file = file
+            if os.fstat(self.file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                log.warning("%s can be written by others than its owner: chmod 600", path)
+            if self.file.seek(0, os.SEEK_END):
+                self.file.seek(-1, os.SEEK_END)
+                if self.file.read() != b"\n":  # a run that was killed left its last line cut
+                    self.file.write(b"\n")
         except OSError as error:
             message = f"Cannot write the audit log {path}: {error.strerror}."
             raise PurgeError(message, USAGE) from error
@@ -1251,9 +1769,9 @@ class Ledger:
         self.write("start", [{**facts, "options": settings}], sync=True)
 
     def write(self, event: str, items: Iterable[dict[str, Any]], sync: bool = False) -> None:
-        """Append a line for each item. After a failed write nothing more is: the log ends where it
-        broke. Raises PurgeError then, and ever after."""
-        if self._file is None:
+        """Append a line for each item, all at once. After a failed write nothing more is written:
+        the log ends where it broke. Raises PurgeError then, and ever after."""
+        if self.file is None:
             return
         head = {"event": event, "run_id": self.report.run_id, "time": datetime.now(UTC).isoformat()}
         try:
@@ -1261,46 +1779,41 @@ class Ledger:
                 raise self._broken
             lines = "".join(json.dumps(head | item, default=str) + "\n" for item in items).encode()
             while lines:
-                lines = lines[self._file.write(lines) :]
+                lines = lines[self.file.write(lines) :]
             if sync:
-                os.fsync(self._file.fileno())
+                os.fsync(self.file.fileno())
         except OSError as error:
             self._broken = error
-            reason = f"Cannot write the audit log: {error.strerror}. Mend that and run again."
-            raise PurgeError(reason) from error
+            reason = f"Cannot write the audit log {self._path}: {error.strerror}."
+            raise PurgeError(f"{reason} Mend that and run again.") from error
 
-    def intend(self, items: list[Candidate]) -> None:
-        """Put the keys on disk, before their request. Raises PurgeError if that fails."""
+    def intend(self, items: Sequence[Any]) -> None:
+        """Put the keys on disk, before their request leaves. Raises PurgeError if that fails."""
         event = "restore" if self.report.undoes else "delete"
-        self.write(event, map(facts_of, items), sync=True)
+        self.write(event, (facts_of(item) for item in items), sync=True)
 
-    def deleted(self, item: Candidate, marker: str | None) -> None:
-        self.report.deleted.add(item)
-        done = "restored" if self.report.undoes else "deleted"
-        self._note(done, item, {"version_id": marker} if marker else {})
-
-    def retained(self, item: Candidate, why: str) -> None:
-        self.report.retained += 1
-        self._note("retained", item, {"message": why})
-
-    def failed(self, item: Candidate, verdict: Verdict) -> None:
-        self.report.failed += 1
-        self._note("failed", item, {"code": verdict.code, "message": verdict.message})
-
-    def _note(self, event: str, item: Candidate, more: dict[str, Any]) -> None:
-        if self._file is not None:
+    def account(self, ends: Sequence[End]) -> None:
+        """Each of these keys has ended, as deleted, restored, failed or retained."""
+        for event, item, facts in ends:
+            if event in ("deleted", "restored"):
+                self.report.deleted.add(item)
+            else:
+                setattr(self.report, event, getattr(self.report, event) + 1)
+                cause = " ".join(f"{event}: {': '.join(filter(None, facts.values()))}".split())
+                self._note(cause, item.key)
+        if self.file is not None:
             with suppress(PurgeError):  # the next intent, or the end, will say so
-                self.write(event, [facts_of(item) | more])
-        if "message" in more:
-            cause = " ".join(f"{event}: {': '.join(more.values())}".split())
-            if len(self._causes) >= 20 and cause not in self._causes:
-                cause = f"{event}: other causes"
-            self._counts[cause] += 1
-            keys = self._causes.setdefault(cause, [])
-            keys += [printable(item.key)] * (len(keys) < 3)
+                self.write("", ({"event": e, **facts_of(item), **more} for e, item, more in ends))
+
+    def _note(self, cause: str, key: str) -> None:
+        if len(self._causes) >= 20 and cause not in self._causes:
+            cause = f"{cause.partition(':')[0]}: other causes"
+        self._counts[cause] += 1
+        keys = self._causes.setdefault(cause, [])
+        keys += [printable(key)] * (len(keys) < 3)
 
     def end(self) -> None:
-        """Close the log with the summary. Raises PurgeError if the log has a gap."""
+        """Write the summary. Raises PurgeError if the log has a gap."""
         self.write("end", [self.report.as_dict()], sync=True)
 
     def tell_causes(self) -> None:
@@ -1310,20 +1823,30 @@ class Ledger:
             log.log(level, "%d keys %s (%s%s)", self._counts[cause], cause, ", ".join(keys), more)
 
 
-def facts_of(item: Candidate) -> dict[str, Any]:
-    return {name: fact for name, fact in item._asdict().items() if fact is not None}
-
-
 # --- Rounds: the plan is carried out --------------------------------------------------------------
 
+# Without an index a re-check scans the table, whatever is asked, so that one serves a long round:
+# what --max-rate lets out in these seconds, up to so many keys and so many bytes of names in SQL.
+# The smallest default of max_allowed_packet is 4 MiB (MySQL 5.7).
+ROUND_SECONDS, ROUND_KEYS, ROUND_BYTES = 10, 25 * BATCH, 4_000_000
+DEAR_RECHECK = 0.5  # seconds; a re-check that takes longer is worth the advice to make an index
+# A key that S3 cannot delete just now is tried so often, each time after a new re-check, after a
+# pause (in seconds) that doubles with each failure.
+ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 5, 0.1, 10.0
+# Codes that a later try may not meet, though nothing was done.
+BUSY = {"SlowDown", "ServiceUnavailable", "NotSent"}
+# Requests in a row that are wholly in doubt, after which a run in a versioned bucket stops. Where
+# the keys are tried again, and for requests that were not sent, so many for each try and worker.
+OUTAGE = 3
+LOCKED_BATCHES = 3  # in a row, after which all further job rows stay for the next run
 NOT_SENT = Verdict("NotSent", "the run stopped before its request left")
 
 
 class Pace:
     """When the next request may leave. All leave through one thread, so all workers ease off alike.
 
-    `rate` is in objects per second, 0 for no limit: a token bucket that holds one batch. `clock` is
-    monotonic, in seconds.
+    `rate` is in objects per second, 0 for no limit: a token bucket that holds one request. `clock`
+    is monotonic, in seconds.
     """
 
     def __init__(self, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1341,7 +1864,7 @@ class Pace:
             self._filled = max(self._filled, self._clock()) + objects / self.rate
 
     def answered(self, again: bool) -> None:
-        """After a retryable failure (`again`): pause before the next request, longer each time.
+        """After a failure that may pass (`again`): pause before the next request, longer each time.
         Answers to requests that left before the pause do not make it longer."""
         if not again:
             self._pause /= 2
@@ -1352,67 +1875,86 @@ class Pace:
 
 @dataclass(slots=True)
 class Tried:
-    """What became of a key's requests so far; `since` is the moment of its first intent."""
+    """What became of a key's requests so far."""
 
-    since: datetime | None = None
+    item: Candidate
     tries: int = 0
     lost: bool = False  # one of them may yet take effect
-    verdict: Verdict = NOT_SENT
+    verdict: Verdict = NOT_SENT  # the last one
+
+
+def refused_whole(verdicts: Iterable[Verdict], bucket: str, right: str) -> PurgeError | None:
+    """The error of a request that S3 refused as a whole, as it would refuse the next one."""
+    for verdict in verdicts:
+        if verdict.whole and not verdict.in_doubt and verdict.code not in BUSY:
+            told = (
+                f"{verdict.code}: {verdict.message.rstrip('.')}. {advice_for(verdict.code, right)}"
+            )
+            return PurgeError(f"Cannot delete in bucket {bucket}: {told}", code=verdict.code)
+    return None
 
 
 class Rounds:
-    """Carries out a plan, one round after the other: re-check, intent, request, wait, account; the
-    same again with what may be tried again; then the job rows. This thread decides, others send.
+    """Carries out a plan, round by round: the gate is asked, intents go to disk, requests leave,
+    answers are accounted for; the same again with what may be tried again; then job rows go. This
+    thread decides, others send.
 
-    With an index each batch is re-checked just before its own request, without one query serves the
-    round. In an undo there are no `jobs`, and nothing to re-check.
+    With an index each batch is asked about just before its own request. Without one, one query
+    serves the round.
     """
 
-    def __init__(self, bucket: Bucket, ledger: Ledger, pace: Pace, jobs: JobTable | None) -> None:
-        self._bucket, self._ledger, self._stop, self._pace = bucket, ledger, bucket.stop, pace
-        self._jobs, self._advised, self._start = jobs, False, len(bucket.prefix)
-        self._scans = jobs is not None and not jobs.indexed
-        self._in_flight = 0
+    def __init__(
+        self,
+        gate: Gate,
+        jobs: JobTable,
+        ledger: Ledger,
+        stop: Stop,
+        limits: Limits,
+        witnesses: Sequence[str],
+    ) -> None:
+        self._gate, self._jobs, self._ledger, self._stop = gate, jobs, ledger, stop
+        self._workers, self._pace = limits.workers, Pace(limits.rate)
+        self._size = min(BATCH, limits.rate or BATCH)  # keys in one request
+        self._versioned = ledger.report.versioning == "enabled"
+        self._witnesses, self._advised, self._silent = witnesses, False, 0
+        self._in_flight = self._lost = self._locked = 0
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _request, for _settle
 
-    def run(self, plan: Spool[Candidate], rows: bool = False) -> None:
-        """Each candidate ends as deleted, failed or retained in the ledger; `rows`: with job rows.
+    def run(self, plan: Spool[Candidate]) -> Iterator[Candidate]:
+        """Yield each candidate once it has ended as deleted, failed or retained in the ledger, and
+        its job rows are gone if they may go.
 
-        Raises PurgeError, or Interrupted, if the run had to stop: what was in flight is finished
-        and accounted for, the rest of the plan not attempted.
+        Raises PurgeError, or Interrupted, if the run had to stop. What was in flight is finished
+        and accounted for; the rest of the plan is not attempted.
         """
-
-        def ended() -> Iterator[Candidate]:
-            for items in self._cut(plan):
-                self._round(items)
-                if self._jobs is not None and rows:
-                    self._delete_rows(items, self._jobs)
-                yield from items
-
-        deque(watched(ended(), "deleting" if self._jobs else "restoring", len(plan)), maxlen=0)
+        for items in self._cut(plan):
+            self._round(items)
+            if self._gate.terms.rows:
+                self._delete_rows(items)
+            yield from items
 
     def _cut(self, plan: Iterable[Candidate]) -> Iterator[list[Candidate]]:
-        """Cut the plan where the SQL, the memory or a re-check's age would grow too large."""
-        most = ROUND_KEYS if self._scans else self._bucket.workers * BATCH
-        if self._scans and self._pace.rate:
-            most = min(most, self._pace.rate * ROUND_SECONDS)
-        items, size = list[Candidate](), 0
+        """Cut the plan where the SQL, the memory or the age of a re-check would grow too large."""
+        most = self._workers * BATCH if self._jobs.indexed else ROUND_KEYS
+        most = min(most, self._pace.rate * ROUND_SECONDS or most)
+        # In hexadecimal digits, with what stands around them; where rows are read, twice.
+        times, items, size = 1 + self._gate.terms.rows, list[Candidate](), 0
         for item in plan:
             items.append(item)
-            size += 2 * len(item.key.encode()) + 16
+            size += times * (2 * len(item.key.encode()) + 70)
             if len(items) >= most or size > ROUND_BYTES:
                 yield items
                 items, size = [], 0
-        yield items
+        if items:
+            yield items
 
     def _round(self, items: list[Candidate]) -> None:
-        # Keys of the round without an end yet; names whose object was deleted in it.
-        self._pending = {item: Tried() for item in items if item.reason in OF_OBJECTS}
+        # Keys of the round without an end yet; keys whose object was deleted in it.
+        self._pending = {it.key: Tried(it) for it in items if it.reason in OF_OBJECTS}
         self._gone = set[str]()
         try:
             while self._pending:
                 self._attempt()
-                self._look_up_lost()
                 self._give_up(ATTEMPTS)
         finally:
             while self._in_flight:
@@ -1421,240 +1963,833 @@ class Rounds:
             self._give_up(1)
 
     def _attempt(self) -> None:
-        """One request for each key of the round that has no end yet, or none if it must stay, or if
+        """One request for each key of the round that has no end yet; none if it must stay, or if
         the re-check has grown too old to serve it."""
-        checked = 0.0
-        for batch in batches([*self._pending]):
-            while self._in_flight >= self._bucket.workers:
-                self._settle()
-            with self._stop.reading():
-                time.sleep(self._pace.delay)
-                if checked and self._scans and self._jobs is not None:
+        batches = chunks([*self._pending], self._size if self._jobs.indexed else ROUND_KEYS)
+        for keys in batches:
+            self._wait()
+            for permit in self._ask([self._pending[key].item for key in keys]):
+                if not self._jobs.indexed:
+                    self._wait()
                     self._jobs.ping()  # the lock may be lost
-            if not checked or not self._scans:
-                checked = self._recheck([*self._pending] if self._scans else batch)
-            elif time.monotonic() - checked > MAX_RECHECK_AGE:
-                break
-            self._send([item for item in batch if item in self._pending], checked)
+                if boot_seconds() - permit.asked > MAX_RECHECK_AGE:
+                    break
+                self._send(permit)
         while self._in_flight:
             self._settle()
 
-    def _recheck(self, items: list[Candidate]) -> float:
-        """Ask the table again; keys that must stay get their end. When it was asked."""
-        asked = time.monotonic()
-        if self._jobs is None:
-            return asked
-        with self._stop.reading():
-            found = self._jobs.referenced({item.key[self._start :] for item in items})
-        seconds, advice = time.monotonic() - asked, "make an index on sourceData"
+    def _wait(self) -> None:
+        """Wait until a worker is free and the pace lets a request out."""
+        while self._in_flight >= self._workers:
+            self._settle()
+        with self._stop.at_once():
+            time.sleep(self._pace.delay)
+
+    def _ask(self, items: list[Candidate]) -> list[Permit]:
+        """Ask the gate. Keys that must stay get their end."""
+        started, advice = boot_seconds(), "make an index on sourceData"
+        with self._stop.at_once():
+            permits, stay = self._gate.ask(items, self._witnesses, self._size)
+        seconds = boot_seconds() - started
         if seconds > MAX_RECHECK_AGE:
             limit = f"{MAX_RECHECK_AGE} seconds, too long to delete by it"
             raise PurgeError(f"A re-check took more than {limit}: {advice}.")
-        if seconds > DEAR_RECHECK and self._scans and not self._advised:
+        if seconds > DEAR_RECHECK and not (self._jobs.indexed or self._advised):
             self._advised = True
             log.warning("a re-check took %.1f s: %s", seconds, advice)
-        for item in items:
-            reference = found.get(item.key[self._start :])
-            if may_go(item.reason, reference):
-                continue
-            why = "a job refers to it by now" if reference else "its jobs have vanished"
-            if self._pending[item].lost:
-                self._failed(item, Verdict("", why))
-            else:
-                del self._pending[item]
-                self._ledger.retained(item, why)
-        return asked
+        ends: list[End] = []
+        for key, why in stay.items():
+            tried = self._pending.pop(key)
+            end = self._failed(tried, Verdict("", why)) if tried.lost else None
+            ends.append(end or ("retained", tried.item, {"message": why}))
+        self._ledger.account(ends)
+        return permits
 
-    def _send(self, items: list[Candidate], checked: float) -> None:
+    def _send(self, permit: Permit) -> None:
         """Write the intents, and let the request go."""
-        if not items:
-            return
-        now = datetime.now(UTC)
-        self._ledger.intend(items)
-        for item in items:
-            tried = self._pending[item]
-            tried.since, tried.tries, tried.verdict = tried.since or now, tried.tries + 1, NOT_SENT
+        self._ledger.intend([self._pending[key].item for key in permit.keys])
+        for key in permit.keys:
+            tried = self._pending[key]
+            tried.tries, tried.verdict = tried.tries + 1, NOT_SENT
         try:
-            threading.Thread(target=self._request, args=(items, checked)).start()
+            threading.Thread(target=self._request, args=(permit,)).start()
         except RuntimeError as error:
             raise PurgeError(f"Cannot start a thread ({error}): lower --workers.") from error
         self._in_flight += 1
-        self._pace.sent(len(items))
+        self._pace.sent(len(permit.keys))
 
-    def _request(self, items: list[Candidate], checked: float) -> None:
-        """In a thread of its own; whatever comes of it, no key may go uncounted."""
+    def _request(self, permit: Permit) -> None:
+        """In a thread of its own. Whatever comes of it, no key may go uncounted."""
         try:
-            self._answers.put((items, self._bucket.delete(items, checked), None))
+            self._answers.put((permit, self._gate.delete(permit), None))
         except BaseException as error:
-            code = str(getattr(error, "code", "") or type(error).__name__)
-            self._answers.put((items, [Verdict(code, str(error))] * len(items), error))
+            told = Verdict("NoAnswer", f"{type(error).__name__}: {error}", in_doubt=True)
+            self._answers.put((permit, [told] * len(permit.keys), error))
 
     def _settle(self) -> None:
-        """Wait for an answer, and account for every key of it. Raises the error of a request that
-        S3 refused as a whole: it would refuse the next one too."""
-        items, verdicts, error = self._answers.get()
+        """Wait for an answer, and account for every key of it. Raises PurgeError if the next
+        request would fare no better."""
+        permit, verdicts, error = self._answers.get()
         self._in_flight -= 1
-        again = False
-        for item, verdict in zip(items, verdicts, strict=True):
+        ends: list[End] = []
+        for key, verdict in zip(permit.keys, verdicts, strict=True):
+            tried = self._pending[key]
+            tried.verdict, tried.lost = verdict, tried.lost or verdict.in_doubt
             if not verdict.code:
-                self._deleted(item, verdict.marker)
-            elif verdict.code in UNDONE | DOUBTFUL:
-                self._pending[item].verdict, again = verdict, True
-                self._pending[item].lost |= verdict.code in DOUBTFUL
-            else:
-                self._failed(item, verdict)
-        self._pace.answered(again)
-        if error is not None and not again:
+                self._gone.add(key)
+                marker = {"version_id": verdict.marker} if verdict.marker else {}
+                ends.append(("deleted", self._pending.pop(key).item, marker))
+            elif self._is_final(verdict):
+                ends.append(self._failed(self._pending.pop(key), verdict))
+        self._ledger.account(ends)
+        self._pace.answered(again=len(ends) < len(permit.keys))
+        if error is not None:
             raise error
+        self._stop_if_hopeless(verdicts)
 
-    def _deleted(self, item: Candidate, marker: str | None) -> None:
-        del self._pending[item]
-        self._gone.add(item.key[self._start :])
-        self._ledger.deleted(item, marker)
+    def _is_final(self, verdict: Verdict) -> bool:
+        """Whether the key is not tried again. In a versioned bucket a second delete would put a
+        second marker on top of the first, so a key in doubt has failed: the next run looks again.
+        """
+        return self._versioned if verdict.in_doubt else verdict.code not in BUSY
 
-    def _look_up_lost(self) -> None:
-        """In a versioned bucket, find out which keys a request without an answer has deleted.
-        Deleting them again would put a second marker on top, of which no log would know."""
-        if self._jobs is None or self._ledger.report.versioning != "enabled":
-            return
-        lost = [(item, tried.since) for item, tried in self._pending.items() if tried.lost]
-        found = self._bucket.each(self._bucket.versions, [item.key for item, _ in lost])
-        for (item, since), versions in zip(lost, found, strict=True):
-            self._stop.check()
-            now = datetime.now(UTC) + MAX_SKEW
-            if since and versions and versions[0].hides(since + self._bucket.s3_lead, now):
-                self._deleted(item, versions[0].version_id)
+    def _stop_if_hopeless(self, verdicts: list[Verdict]) -> None:
+        name = self._ledger.report.bucket
+        if error := refused_whole(verdicts, name, "s3:DeleteObject"):
+            raise error
+        silent = all(verdict.in_doubt or verdict.code == "NotSent" for verdict in verdicts)
+        self._silent = self._silent + 1 if silent else 0
+        self._lost = self._lost + 1 if all(verdict.in_doubt for verdict in verdicts) else 0
+        most = OUTAGE * ATTEMPTS * self._workers
+        if (self._versioned and self._lost >= OUTAGE) or self._silent >= most:
+            message = f"{self._silent} deletes in a row got no word of S3's ({verdicts[0].message})"
+            raise PurgeError(f"{message}. Check the network to bucket {name}, then run again.")
 
     def _give_up(self, tries: int) -> None:
         """Keys that were tried so often have failed."""
-        for item, tried in [*self._pending.items()]:
-            if tried.tries >= tries:
-                self._failed(item, tried.verdict)
+        tired = [key for key, tried in self._pending.items() if tried.tries >= tries]
+        ends = [self._failed(tried, tried.verdict) for tried in map(self._pending.pop, tired)]
+        self._ledger.account(ends)
 
-    def _failed(self, item: Candidate, verdict: Verdict) -> None:
-        """The end of a key; whatever came last, an earlier request may yet take effect."""
-        if self._pending.pop(item).lost and verdict.code not in DOUBTFUL:
-            why = f"{verdict.message}, and an earlier request had no answer: it may yet be deleted"
+    def _failed(self, tried: Tried, verdict: Verdict) -> End:
+        """The end of a key that failed. If an earlier request had no answer, say that the key may
+        still be deleted."""
+        if tried.lost:
+            why = f"{verdict.message or verdict.code}; it may yet be deleted"
             verdict = Verdict("NoAnswer", why)
-        self._ledger.failed(item, verdict)
+        return "failed", tried.item, {"code": verdict.code, "message": verdict.message}
 
-    def _delete_rows(self, items: list[Candidate], jobs: JobTable) -> None:
+    def _delete_rows(self, items: list[Candidate]) -> None:
         """Delete the rows of expired jobs whose object is gone in this round, was listed as absent,
-        or is kept by a remaining job. Raises Interrupted between two statements."""
-        shared = {item.key[self._start :] for item in items if item.reason == Reason.SHARED}
-        names = {item.key[self._start :] for item in items if item.reason == Reason.MISSING}
-        with self._stop.reading():
-            found = jobs.referenced(shared) if shared else {}
-        names |= self._gone
-        names |= {name for name, item in found.items() if item.expired < item.jobs}
-        more, prefix = bool(names), self._bucket.prefix
+        or is kept by a remaining job. Raises Interrupted between two transactions."""
+        if self._locked >= LOCKED_BATCHES:
+            return
+        start = len(self._gate.terms.prefix)
+        names = {key[start:] for key in self._gone}
+        names |= {item.key[start:] for item in items if item.reason == Reason.MISSING}
+        shared = {item.key[start:] for item in items if item.reason == Reason.SHARED}
+        with self._stop.at_once():
+            _, known = self._gate.known(shared) if shared else (True, {})
+        names |= {name for name, counts in known.items() if counts.expired < counts.jobs}
+        more, report, prefix = bool(names), self._ledger.report, self._gate.terms.prefix
         while more:
-            with self._stop.reading():
-                rows = jobs.expired_rows(names)
-            before = self._ledger.report.jobs_deleted
+            with self._stop.at_once():
+                rows = self._jobs.expired_rows(names)
+            before = report.jobs_deleted
             for chunk in chunks(rows, ROWS_A_COMMIT):
                 self._stop.check()
-                facts = [
-                    {"job_id": job, "completed_at": at, "name": name, "key": prefix + name}
-                    for job, at, name in chunk
-                ]
+                if self._locked >= LOCKED_BATCHES:
+                    return
+                facts = [{"key": prefix + row.name, "row": row.columns} for row in chunk]
                 self._ledger.write("delete-job", facts, sync=True)
-                self._ledger.report.jobs_deleted += jobs.delete(chunk)
-            more = len(rows) == ROWS and self._ledger.report.jobs_deleted > before
+                report.jobs_deleted += self._commit(chunk)
+            more = len(rows) == ROWS and report.jobs_deleted > before
+
+    def _commit(self, rows: list[Row]) -> int:
+        """Delete some rows. A deadlock is tried again; rows that another transaction holds are left
+        for the next run. Raises PurgeError for any other failure."""
+        for tries in range(ATTEMPTS):
+            try:
+                count, self._locked = self._gate.delete_rows(rows), 0
+                return count
+            except PurgeError as error:
+                if error.code not in (LOCKED_ROWS, DEADLOCK):
+                    raise
+                if error.code == LOCKED_ROWS or tries == ATTEMPTS - 1:
+                    break
+        self._locked, self._ledger.report.incomplete = self._locked + 1, True
+        text = "%d job rows stay for the next run: another transaction holds some of them"
+        log.error(text, len(rows))
+        return 0
 
 
-# --- Undo -----------------------------------------------------------------------------------------
+# --- Undo, of objects and of rows -----------------------------------------------------------------
 
-# A key that a run meant to delete, between which moments of S3's clock it may have done so, and the
-# delete marker that the answer named, or the end without one, if it is on record.
-Intent = tuple[Candidate, tuple[datetime, datetime], str | None]
+RESTORED_AT_ONCE = 100  # keys in one request of an undo; the versions of each are listed before
+INSERTED_AT_ONCE = 100  # rows in one INSERT
+# After the last line of a run that has no end, S3 may still be carrying out its last requests.
+STILL_AT_WORK = timedelta(minutes=5)
+# What an event must have, and of which type, where it is there.
+LOG_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("event", "run_id", "time", "bucket", "key", "reason", "table"), str),
+    **dict.fromkeys(("last_modified", "version_id", "code"), str),
+    **{"size": int, "s3_lead_seconds": int | float, "planned": dict, "row": dict},
+}
 
 
-def read_audit_log(path: Path) -> sqlite3.Connection:
-    """The events of an audit log, in an unnamed file in TMPDIR. A cut line, which a killed run
-    leaves, is skipped with a warning. Raises PurgeError if the file cannot be read, or is no audit
-    log."""
-    fields = ["event", "run_id", "time", "bucket", "key", "reason", "size", "last_modified"]
-    fields += ["version_id", "s3_lead_seconds", "code"]
-    events, number = sqlite3.connect(""), 0
-    events.execute(f"CREATE TABLE events ({','.join(fields)})")
-    sql = f"INSERT INTO events VALUES ({', '.join('?' for _ in fields)})"
+class Intent(NamedTuple):
+    """A key that the run meant to delete, and between which moments of S3's clock it may have done
+    so. `marker` is the delete marker that the answer named, or why there is none; None if no answer
+    is on record."""
+
+    item: Candidate
+    since: datetime
+    until: datetime
+    marker: str | None
+
+
+def log_events(path: Path, cut: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield the events of an audit log. A cut line, which a killed run leaves, is skipped, and its
+    number put into `cut`. Raises PurgeError if the file cannot be read, or is no audit log."""
+    number = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    event = json.loads(line) if number > 1 or line[:1] == b"{" else {}
+                    event = json.loads(line) if number > 1 or line[:1] == b"{" else None
                 except ValueError:
-                    log.warning("%s: line %d is cut; skipped", path, number)
+                    cut.append(number)
                     continue
-                datetime.fromisoformat(event["time"])
-                events.execute(sql, [event.get(name) for name in fields])
+                if event is None or not fits(event):
+                    message = f"{path}, line {number}: not of an audit log of this tool"
+                    raise PurgeError(f"{message}; is it compressed? Nothing was done.", REFUSED)
+                yield event
     except OSError as error:
         raise PurgeError(f"Cannot read the audit log {path}: {error.strerror}.", USAGE) from error
-    except sqlite3.OperationalError as error:
-        raise no_space(error) from error
-    except Exception as error:
-        message = f"{path}, line {number}: not of an audit log of this tool; is it compressed?"
-        raise PurgeError(message, REFUSED) from error
-    return events
 
 
-def choose_run(events: sqlite3.Connection, run_id: str | None, bucket: str) -> tuple[str, int]:
-    """The run to undo, and of how many objects. Raises PurgeError if the log does not tell, or if
-    it is one of another bucket."""
-    sql = "SELECT run_id, COUNT(DISTINCT key), MAX(bucket), MIN(time) FROM events "
-    sql += "WHERE event IN ('start', 'delete') GROUP BY 1 ORDER BY 4"
-    runs = {run: (count, place, since) for run, count, place, since in events.execute(sql)}
-    found = {run: facts for run, facts in runs.items() if facts[0]}
-    known = "; ".join(f"{since} {run} {count}" for run, (count, _, since) in found.items())
+def fits(event: Any) -> bool:
+    """Whether a line of a log has the fields of an event, each of its type."""
+    if not isinstance(event, dict):
+        return False
+    known = {name: event[name] for name in LOG_FIELDS if event.get(name) is not None}
+    needed = {"event", "run_id", "time"}
+    if event.get("event") in ("delete", "deleted", "failed", "retained", "delete-job"):
+        needed.add("key")
+    with suppress(KeyError, ValueError, TypeError):
+        json.dumps(known, ensure_ascii=False, allow_nan=False).encode()  # lone surrogates, NaN
+        typed = all(isinstance(fact, LOG_FIELDS[name]) for name, fact in known.items())
+        typed = typed and all(isinstance(n, int) for n in known.get("planned", {}).values())
+        zoned = datetime.fromisoformat(known["time"]).tzinfo is not None
+        return needed <= {*known} and typed and zoned and abs(known.get("size", 0)) < 2**63
+    return False
+
+
+class Log:
+    """The events of an audit log, in an unnamed file in TMPDIR. Raises PurgeError."""
+
+    def __init__(self, path: Path, stop: Stop, progress: Progress) -> None:
+        self._stop, names, cut = stop, ", ".join(f'"{name}"' for name in LOG_FIELDS), list[int]()
+        self._events = sqlite3.connect("")
+        self._events.set_progress_handler(lambda: stop.received, 100_000)  # ends a long statement
+        self._events.create_function("certain", 1, lambda code: is_certain(code or ""))
+        self.query(f"CREATE TABLE events ({names})")
+        sql = f"INSERT INTO events VALUES ({', '.join('?' for _ in LOG_FIELDS)})"
+        for event in progress.over(log_events(path, cut), "reading the audit log"):
+            planned = event.get("planned") or {}
+            counts = {"planned": sum(planned.get(reason, 0) for reason in OF_OBJECTS), "row": None}
+            self.query(sql, [(event | counts).get(name) for name in LOG_FIELDS])
+        for number in cut:
+            log.warning("%s: line %d is cut; skipped", path, number)
+
+    def query(self, sql: str, arguments: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        try:
+            return iter(self._events.execute(sql, arguments))
+        except sqlite3.OperationalError as error:
+            self._stop.check()
+            raise no_space(error) from error
+
+    def choose(self, run_id: str | None, bucket: str) -> tuple[str, int]:
+        """Return the run to undo, and of how many keys it has an intent. Raises PurgeError."""
+        sql = "SELECT run_id, MIN(time), MAX(bucket), COUNT(DISTINCT key) FROM events "
+        sql += "WHERE event IN ('start', 'delete') GROUP BY 1 ORDER BY 2"
+        found = {run: (since, place, count) for run, since, place, count in self.query(sql)}
+        counts, since = {r: f[2] for r, f in found.items()}, {r: f[0] for r, f in found.items()}
+        chosen = choose_run(counts, since, run_id, "objects")
+        if found[chosen][1] != bucket:
+            place = found[chosen][1] or "unknown (its first line is missing)"
+            message = f"Run {chosen} is of bucket {place}, not {bucket}."
+            raise PurgeError(message, REFUSED)
+        return chosen, counts[chosen]
+
+    def intents(self, run_id: str, last: datetime) -> Iterator[Intent]:
+        """Yield each key that the run meant to delete, once. Moments are corrected to S3's clock.
+        What has no answer on record was done within minutes after the run's `last` line, or never.
+        """
+        sql = "SELECT COALESCE(MAX(s3_lead_seconds), 0) FROM events WHERE run_id = ?"
+        ((seconds,),) = self.query(sql, [run_id])
+        lead = timedelta(seconds=seconds)
+        answer = "CASE WHEN event = 'retained' OR (event = 'failed' AND certain(code)) THEN event "
+        answer += "ELSE version_id END"
+        sql = f"SELECT key, reason, size, last_modified, MIN(time), MAX({answer}) FROM events "
+        sql += "WHERE run_id = ? AND event IN ('delete', 'deleted', 'failed', 'retained') "
+        sql += "GROUP BY key HAVING MIN(event) = 'delete'"
+        for key, reason, size, modified, since, marker in self.query(sql, [run_id]):
+            item = Candidate(key, reason or Reason.EXPIRED, size or 0, modified or "")
+            begun = datetime.fromisoformat(since) + lead
+            yield Intent(item, begun, last + STILL_AT_WORK + lead, marker)
+
+    def ending(self, run_id: str) -> tuple[datetime, bool, int]:
+        """The moment of the run's last line, whether it has an end, and how many it planned."""
+        sql = "SELECT MAX(time), MAX(event = 'end'), "
+        sql += "MAX(CASE WHEN event = 'plan' THEN planned END) FROM events WHERE run_id = ?"
+        ((last, has_end, planned),) = self.query(sql, [run_id])
+        return datetime.fromisoformat(last), bool(has_end), planned or 0
+
+
+def choose_run(runs: dict[str, int], since: dict[str, str], run_id: str | None, what: str) -> str:
+    """Return the run to bring back: the one named, or the only one with `what`. `runs` has the
+    number of these. Raises PurgeError if the log does not tell."""
+    found = {run: count for run, count in runs.items() if count}
+    known = "; ".join(f"{since[run]} {run} {count}" for run, count in found.items())
+    if run_id and run_id not in runs:
+        raise PurgeError(f"Run {run_id} is not in the audit log. It holds: {known}.", REFUSED)
     if not run_id and not found:
-        message = "The audit log holds no run that deleted: there is nothing to undo."
-        raise PurgeError(message, REFUSED)
+        raise PurgeError(f"The audit log holds no run that deleted {what}.", REFUSED)
     if not run_id and len(found) > 1:
-        message = f"The audit log holds {len(found)} runs that deleted: name one with --run-id. "
-        raise PurgeError(f"{message}Time, run id and objects of each: {known}.", REFUSED)
-    chosen = run_id or next(iter(found))
-    count, place, _ = runs.get(chosen, (0, None, None))
-    if place != bucket:
-        of = f"of bucket {place}, not {bucket}" if place else f"not in it. It holds: {known}"
-        message = f"The audit log is not of that run and bucket: run {chosen} is {of}."
-        raise PurgeError(message, REFUSED)
-    return chosen, count
-
-
-def intents_of(events: sqlite3.Connection, run_id: str) -> Iterator[Intent]:
-    """Each key that the run meant to delete, once; moments are corrected to S3's clock. What has no
-    answer on record was done within minutes after the run's last line, or not at all."""
-    sql = "SELECT MAX(time), COALESCE(MAX(s3_lead_seconds), 0) FROM events WHERE run_id = ?"
-    ((last, seconds),) = events.execute(sql, (run_id,))
-    lead, doubtful = timedelta(seconds=seconds), ", ".join(f"'{code}'" for code in DOUBTFUL)
-    until = datetime.fromisoformat(last) + MAX_SKEW + lead
-    answer = f"CASE WHEN event = 'retained' OR code NOT IN ({doubtful}) THEN event ELSE version_id"
-    sql = f"SELECT key, reason, size, last_modified, MIN(time), MAX({answer} END) FROM events "
-    sql += "WHERE run_id = ? AND event IN ('delete', 'deleted', 'failed', 'retained') "
-    sql += "GROUP BY key HAVING MIN(event) = 'delete'"
-    for *known, since, marker in events.execute(sql, (run_id,)):
-        yield Candidate(*known), (datetime.fromisoformat(since) + lead, until), marker
+        message = f"The audit log holds {len(found)} runs that deleted {what}: name one with "
+        raise PurgeError(f"{message}--run-id. Time, run id and {what} of each: {known}.", REFUSED)
+    return run_id or next(iter(found))
 
 
 def plan_undo(intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger: Ledger) -> Plan:
-    """The delete markers to remove: each hides its key, is the run's, and has a version below.
-    Anything else is left alone, and counted."""
+    """Yield the delete markers to remove: each hides its key, is the run's, and has a version
+    below. Anything else is left alone, and counted."""
     for chunk in chunks(intents, PAGE):
-        found = bucket.each(bucket.versions, [item.key for item, *_ in chunk])
-        for (item, during, marker), versions in zip(chunk, found, strict=True):
+        found = bucket.each(bucket.versions, [intent.item.key for intent in chunk])
+        for (item, since, until, marker), versions in zip(chunk, found, strict=True):
             latest, below = (*versions, None, None)[:2]
+            why = ""
             if latest is not None and not latest.is_marker:
                 totals.missing += 1
-            elif latest is None or below is None or below.is_marker:
-                ledger.retained(item, "no version lies right below a delete marker")
+                continue
+            if latest is None or below is None or below.is_marker:
+                why = "no version lies right below a delete marker"
             elif latest.version_id == "null":
-                ledger.retained(item, "versioning was suspended: an object may take its place")
-            elif latest.version_id != marker and (marker or not latest.hides(*during)):
-                ledger.retained(item, "somebody else's delete marker hides it")
-            else:
-                totals.planned.add(item)
-                yield item._replace(version_id=latest.version_id)
+                why = "versioning was suspended: an object may take its place"
+            elif latest.version_id != marker and (marker or not latest.hides(since, until)):
+                why = "somebody else's delete marker hides it"
+            if why or latest is None:
+                ledger.account([("retained", item, {"message": why})])
+                continue
+            totals.planned.add(item)
+            yield item._replace(version_id=latest.version_id)
+
+
+def restore(plan: Spool[Candidate], wire: Wire, ledger: Ledger, stop: Stop, limits: Limits) -> Plan:
+    """Remove the delete markers of the plan. Yield each one once it is accounted for. After a stop
+    signal or an error no request leaves any more; those in flight are accounted for first."""
+    pace, errors = Pace(limits.rate), list[Exception]()
+
+    def requests() -> Iterator[Any]:
+        for items in chunks(plan, min(RESTORED_AT_ONCE, limits.rate or RESTORED_AT_ONCE)):
+            if stop.received or errors:
+                return
+            time.sleep(pace.delay)
+            ledger.intend(items)
+            pace.sent(len(items))
+            yield ((some, restore_some(some, wire, errors)) for some in [items])
+
+    for items, verdicts in ahead(requests(), limits.workers):
+        ledger.account([*map(end_of_restore, items, verdicts)])
+        yield from items
+    stop.check()
+    for error in errors:
+        with bucket_errors("Cannot bring objects back", "s3:DeleteObjectVersion"):
+            raise error
+
+
+def restore_some(
+    items: list[Candidate], wire: Wire, errors: list[Exception]
+) -> Collection[Verdict]:
+    """In a thread of its own: remove some markers, with more tries where S3 is busy. What ends it
+    early is put into `errors`."""
+    verdicts = dict.fromkeys(items, NOT_SENT)
+    try:
+        for _ in range(ATTEMPTS):
+            left = [item for item, verdict in verdicts.items() if verdict.code in BUSY]
+            markers = [(item.key, str(item.version_id)) for item in left]
+            verdicts |= zip(left, wire.restore(markers) if markers else [], strict=True)
+        refused = refused_whole(verdicts.values(), wire.bucket, "s3:DeleteObjectVersion")
+        errors += [refused] if refused else []
+    except Exception as error:  # the versions could not be listed, so nothing was sent
+        errors.append(error)
+    return verdicts.values()
+
+
+def end_of_restore(item: Candidate, verdict: Verdict) -> End:
+    if not verdict.code:
+        return "restored", item, {}
+    event = "retained" if verdict.code == "NotLatest" else "failed"
+    return event, item, {"code": verdict.code, "message": verdict.message}
+
+
+def rows_sql(path: Path, run_id: str | None) -> Iterator[str]:
+    """Yield the SQL that brings back the job rows of one run. Raises PurgeError."""
+    cut, counts, since, tables = list[int](), Counter[str](), dict[str, str](), dict[str, str]()
+    for event in log_events(path, cut):
+        run = event["run_id"]
+        since.setdefault(run, event["time"])
+        counts[run] += event["event"] == "delete-job"
+        if event["event"] == "start":
+            tables[run] = event.get("table") or ""
+    chosen = choose_run(counts, since, run_id, "job rows")
+    schema, _, name = tables.get(chosen, "").replace("`", "``").rpartition(".")
+    if not schema:
+        raise PurgeError(f"{path} does not tell the table of run {chosen}.", REFUSED)
+    own = (event for event in log_events(path, []) if event["run_id"] == chosen)
+    rows = (event.get("row") for event in own if event["event"] == "delete-job")
+    yield "SET NAMES utf8mb4;"
+    yield "SET time_zone = '+00:00', sql_mode = 'NO_AUTO_VALUE_ON_ZERO';"
+    total = 0
+    for columns, group in groupby(rows, key=lambda row: [*(row or {})]):
+        for some in chunks(group, INSERTED_AT_ONCE):
+            yield insert_of(f"`{schema}`.`{name}`", columns, some)
+            total += len(some)
+    yield f"-- {total} rows of run {chosen}; {len(cut)} cut lines of the log were skipped"
+
+
+def insert_of(table: str, columns: list[str], rows: list[Any]) -> str:
+    """An INSERT of logged rows that leaves alone those that are there. Raises PurgeError."""
+    names = [f"`{column.replace('`', '``')}`" for column in columns]
+    keys = [name for name in names if name.lower() == "`jobid`"]
+    if not keys:
+        message = "The audit log was written by a version that logged no whole rows"
+        raise PurgeError(f"{message}: bring them back from a backup.", REFUSED)
+    values = ",\n".join(f"({', '.join(map(literal, row.values()))})" for row in rows)
+    insert = f"INSERT INTO {table} ({', '.join(names)}) VALUES\n{values}"
+    return f"{insert}\nON DUPLICATE KEY UPDATE {keys[0]} = {keys[0]};"
+
+
+def literal(value: Any) -> str:
+    """SQL for a logged value, the same under any SQL mode."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        return TEXT % value.encode().hex() if value else "''"
+    if isinstance(value, dict):
+        return f"x'{bytes.fromhex(value['hex']).hex()}'"
+    return repr(value)
+
+
+# --- Explain: why one key goes, or stays ----------------------------------------------------------
+
+JOBS_SHOWN = 20
+
+
+def explain(key: str, gate: Gate, jobs: JobTable, bucket: Bucket, wishes: Wishes) -> dict[str, Any]:
+    """Say what a run would do with this key, and why. The gate's own code decides."""
+    name = key.removeprefix(wishes.prefix)
+    is_inside = key.startswith(wishes.prefix) and name != ""
+    item = bucket.find(key) if is_inside else None
+    counts = gate.known([name])[1].get(name) if is_inside else None
+    rows = jobs.jobs_of(name, JOBS_SHOWN) if counts else []
+    states = [state_of(kind, at, expired, wishes) for _, kind, at, expired in rows]
+    reason = Reason.EXPIRED if counts else Reason.ORPHAN
+    why = gate.objection(Candidate(key, reason, 0, item.last_modified if item else ""), counts)
+    if is_inside and item is None:
+        verdict = "nothing to delete: the bucket has no such object"
+    elif why:  # the jobs that keep the object come first
+        because = f"job {rows[0][0]} {states[0]}" if counts and why == IN_USE else why
+        verdict = f"kept: {'doubtful, because ' * (why == UNSPELT)}{because}"
+    elif counts:
+        which = "its only job" if counts.jobs == 1 else f"of its {counts.jobs} jobs the last"
+        verdict = f"would be deleted: {which} {states[0]}"
+    elif is_doubtful(name, jobs, bucket):
+        verdict = "kept: doubtful, because a job may mean it by another spelling of its name"
+    else:
+        verdict = "would be deleted: no job refers to it, and its grace period is over"
+    facts = {"size": int(item.size), "last_modified": item.last_modified} if item else None
+    fields = ("job_id", "type", "completed_at", "state")
+    told = [
+        dict(zip(fields, (*row[:3], how), strict=True))
+        for row, how in zip(rows, states, strict=True)
+    ]
+    more = counts.jobs - len(told) if counts else 0
+    return {"key": key, "object": facts, "jobs": told, "more_jobs": more, "verdict": verdict}
+
+
+def state_of(kind: str | None, completed: str | None, expired: int, wishes: Wishes) -> str:
+    """Say whether a job is expired, or why not."""
+    if kind != "TRIAL":
+        return f"is {kind or 'of no type'}"
+    if not completed or completed < FIRST_TIMESTAMP:
+        return "is not completed"
+    end = datetime.fromisoformat(completed) + timedelta(days=wishes.retention_days)
+    return f"{'expired' if expired else 'will expire'} on {end.date()}"
+
+
+def is_doubtful(name: str, jobs: JobTable, bucket: Bucket) -> bool:
+    """Whether a job may mean this orphan by another spelling, whose own object is not there."""
+    if not jobs.can_hold(name):
+        return True
+    others = [utf8(raw) for raw, count, expired in jobs.references() if expired < count]
+    like = [other for other in others if other and folded(other) == folded(name)]
+    return any(bucket.find(bucket.prefix + other) is None for other in like)
+
+
+def history_of(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Yield what earlier runs did with the key, as an audit log tells. Raises PurgeError."""
+    for event in log_events(path, []):
+        if event.get("key") == key:
+            yield {name: event.get(name) for name in ("time", "run_id", "event", "code")}
+
+
+def explanation(facts: dict[str, Any]) -> str:
+    """The same for an operator."""
+    item = facts["object"]
+    told = f"{item['size']} bytes, last modified {item['last_modified']}" if item else "none"
+    lines = [f"key      {printable(facts['key'])}", f"object   {told}"]
+    for job in facts["jobs"]:
+        told = f"{job['job_id']}, type {job['type']}, completed {job['completed_at']}"
+        lines.append(f"job      {told}: {job['state']}")
+    if facts["more_jobs"]:
+        lines.append(f"jobs     {facts['more_jobs']} more")
+    for event in facts.get("history", []):
+        code = f" ({event['code']})" if event["code"] else ""
+        lines.append(f"earlier  {event['time']} run {event['run_id']}: {event['event']}{code}")
+    return "\n".join([*lines, f"verdict  {facts['verdict']}"])
+
+
+# --- Output: plan, digest, manifest, summary ------------------------------------------------------
+
+SAMPLE_LINES = 10
+
+
+class Output(NamedTuple):
+    """Where the result goes, and in which form."""
+
+    screen: Screen
+    json: bool = False
+    quiet: bool = False
+    dry_run: bool = False
+    manifest: Path | None = None
+    audit_log: Path | None = None
+    summary: bool = True
+
+
+def line_of(item: Any) -> str:
+    """A line of a dry run: reason, bytes, last modified, key."""
+    return f"{item.reason}\t{item.size}\t{item.last_modified}\t{printable(item.key)}"
+
+
+def show_plan(plan: Spool[Any], output: Output, limited: str = "") -> None:
+    """In a dry run, print what a real one would do: all lines into a file or pipe, some of them on
+    a terminal; then a digest. `limited` says how near the plan is to the limits."""
+    if not output.dry_run or output.json or output.quiet:
+        return
+    screen, objects = output.screen, (item for item in plan if item.reason in OF_OBJECTS)
+    some = Sample[Candidate]()
+    if screen.out_is_terminal:
+        deque(map(some.add, objects), maxlen=0)
+    shown = spread(some.items, SAMPLE_LINES) if screen.out_is_terminal else objects
+    for chunk in chunks(map(line_of, shown), 1000):
+        screen.show("\n".join(chunk))
+    digest = "\n".join([*digest_of(plan), *limited.splitlines()])
+    screen.show(digest)
+    if screen.err_is_terminal and not screen.out_is_terminal:
+        screen.tell(digest)  # the plan went into a file
+
+
+def digest_of(plan: Iterable[Any]) -> Iterator[str]:
+    """Yield a line for each month of last modification, with a bar; then the oldest and newest."""
+    objects, sizes = Counter[str](), Counter[str]()
+    oldest = newest = None
+    for item in plan:
+        if item.reason in OF_OBJECTS:
+            objects[item.last_modified[:7]] += 1
+            sizes[item.last_modified[:7]] += item.size
+            oldest = min(oldest or item, item, key=lambda it: it.last_modified)
+            newest = max(newest or item, item, key=lambda it: it.last_modified)
+    most = max(objects.values(), default=1)
+    for month in sorted(objects):
+        bar = "#" * max(1, 20 * objects[month] // most)
+        yield f"{month:<8}{objects[month]:>10} {bar:<20}{in_units(sizes[month], 'bytes')}".rstrip()
+    if oldest and newest:
+        yield f"oldest  {oldest.last_modified}  {printable(oldest.key)}"
+        yield f"newest  {newest.last_modified}  {printable(newest.key)}"
+
+
+def limits_text(totals: Totals, terms: Terms, limits: Limits) -> str:
+    """A line for each share that --max-percent limits."""
+    lines = []
+    for part, whole, name in shares(totals, terms):
+        percent = 100 * part / whole if whole else 0.0
+        lines.append(f"share   {percent:.1f} % of {whole} {name} (limit {limits.percent:g} %)")
+    return "\n".join(lines)
+
+
+def write_manifest(plan: Iterable[Candidate], bucket: str, path: Path) -> None:
+    """Write the plan as S3 Batch Operations reads it, `bucket,url-encoded-key` on each line; beside
+    first, then renamed, never through a link. Raises PurgeError."""
+    part = path.with_name(f"{path.name}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with suppress(FileNotFoundError):
+            part.unlink()  # of a run that was killed
+        with open(os.open(part, flags, 0o600), "w", encoding="ascii", newline="") as file:
+            objects = (item for item in plan if item.reason in OF_OBJECTS)
+            file.writelines(f"{bucket},{quote(item.key)}\n" for item in objects)
+        part.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            reason = f"Cannot write the manifest {path}: {error.strerror}."
+            raise PurgeError(reason) from error
+        raise
+
+
+def show_summary(report: Report, output: Output, undo: str) -> None:
+    """Print the summary; `undo` is the command that takes the run back, if one does."""
+    screen, text = output.screen, report.as_text()
+    if output.json:
+        screen.show(json.dumps(report.as_dict()))
+        return
+    if report.planned is None or (output.quiet and report.exit_code == 0):
+        return
+    if report.requests["delete"] and report.recoverable:
+        text += f"\n{'undo':<24}{undo}"
+    if report.deleted.objects and report.undoes:
+        text += "\nThe next purge deletes these keys again, unless its schedule is stopped or an "
+        text += "OFFICIAL job refers to them."
+    screen.show(text)
+    if output.dry_run and screen.err_is_terminal and not screen.out_is_terminal:
+        screen.tell(text)  # the plan went into a file
+
+
+def finish(ledger: Ledger, output: Output, undo: str) -> None:
+    """Tell how it went: audit log, standard output and error, all with the same exit code."""
+    report = ledger.report
+    report.end(outcome(ledger.end))
+    ledger.tell_causes()
+    error = outcome(lambda: show_summary(report, output, undo)) if output.summary else None
+    if error is not None and report.error is None:
+        report.end(error)
+        outcome(ledger.end)  # the last `end` counts
+    if report.error is not None:
+        line = f"Error: {report.error}"
+        if not output.screen.err_is_terminal:
+            line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line} (run {report.run_id})"
+        output.screen.tell(line)
+
+
+def outcome(action: Callable[[], None]) -> PurgeError | None:
+    """Do it. Return the error that ended it, in one line, whatever it was."""
+    try:
+        action()
+    except PurgeError as error:
+        log.debug("stopped", exc_info=True)
+        return error
+    except aws.BotoCoreError as error:
+        usage = type(error).__name__ in ("ProfileNotFound", "NoCredentialsError", "NoRegionError")
+        advice = f"{str(error).rstrip('.')}. Check AWS credentials, --profile, --region."
+        return PurgeError(advice, USAGE if usage else FAILED)
+    except Exception as error:
+        log.debug("stopped", exc_info=True)
+        return PurgeError(f"Unexpected {type(error).__name__}: {error}. -v shows where.")
+    return None
+
+
+# --- The run: from the settings to the rounds -----------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """A run, ready to begin. The command line is taken apart into these values, once."""
+
+    wishes: Wishes
+    login: Login
+    limits: Limits
+    output: Output
+    session: Any  # of boto3
+    stop: Stop
+    ledger: Ledger
+    progress: Progress
+
+
+def open_bucket(run: Setting) -> tuple[Wire, Bucket, timedelta]:
+    """Return the ways to the bucket, and by how much S3's clock is ahead of this host's."""
+    report, workers = run.ledger.report, run.limits.workers
+    wire = Wire(run.session, run.wishes.bucket, workers, report.count_delete)
+    bucket = Bucket(wire, run.wishes.prefix, workers, run.stop, report.count_list)
+    report.versioning, lead = bucket.look()
+    enabled = report.versioning == "enabled" and not report.undoes
+    report.recoverable = enabled and run.output.audit_log is not None
+    return wire, bucket, lead
+
+
+def open_table(
+    run: Setting, wire: Wire, lead: timedelta, stack: ExitStack
+) -> tuple[Gate, JobTable]:
+    """Log in, take the lock of a real run, and open the gate. Raises PurgeError."""
+    connection = stack.enter_context(closing(log_in(run.session, run.login, lead)))
+    lock = lock_name(connection, run.wishes, run.login.table)
+    if not run.output.dry_run:
+        take_lock(connection, lock, run.login.table)
+    gate = Gate(wire, connection, run.login.table, lock, run.wishes)
+    return gate, JobTable(connection, gate)
+
+
+def purge(run: Setting) -> None:
+    """Plan, and unless it is a dry run, carry out the plan. Raises PurgeError."""
+    with ExitStack() as stack:
+        with run.stop.at_once():
+            wire, bucket, lead = open_bucket(run)
+            gate, jobs = open_table(run, wire, lead, stack)
+            sample = Sample[str]()
+            plan = guarded_plan(run, bucket, gate, jobs, sample, lead)
+            if run.output.manifest:
+                write_manifest(plan, bucket.name, run.output.manifest)
+        if not run.output.dry_run:
+            witnesses = spread(sample.items, WITNESSES)
+            rounds = Rounds(gate, jobs, run.ledger, run.stop, run.limits, witnesses)
+            deque(run.progress.over(rounds.run(plan), "deleting", len(plan)), maxlen=0)
+
+
+def guarded_plan(
+    run: Setting, bucket: Bucket, gate: Gate, jobs: JobTable, sample: Sample[str], lead: timedelta
+) -> Spool[Candidate]:
+    """Return the plan, shown in a dry run. Raises PurgeError if a guard refuses it."""
+    terms, report, totals = gate.terms, run.ledger.report, Totals()
+    report.cutoff = terms.cutoff.isoformat()
+    reasons = [*clock_refusals(terms.now - datetime.now(UTC), lead)]
+    plan = make_plan(run, bucket, terms, jobs, totals, sample)
+    report.plan(totals, terms.orphans_before is not None, terms.rows)
+    # How far S3's clock is ahead tells an undo which markers are younger than an intent.
+    facts = {"s3_lead_seconds": lead.total_seconds()}
+    run.ledger.write("plan", [vars(totals) | report.as_dict() | facts])
+    reasons += refusals(totals, terms, run.limits)
+    reasons += wrong_place(totals, terms, sample, bucket)
+    reasons += jobs.row_refusals() if terms.rows else []
+    show_plan(plan, run.output, limits_text(totals, terms, run.limits))
+    if run.output.dry_run and totals.planned.objects and not jobs.indexed:
+        try_recheck(gate, plan)
+    if reasons:
+        raise PurgeError(f"Refused, nothing was deleted: {'; '.join(reasons)}.", REFUSED)
+    return plan
+
+
+def try_recheck(gate: Gate, plan: Iterable[Candidate]) -> None:
+    """In a dry run: measure a re-check as a real run would make it, without an index."""
+    keys = [item.key for item in islice(plan, ROUND_KEYS)]
+    started = boot_seconds()
+    gate.known([key.removeprefix(gate.terms.prefix) for key in keys])
+    seconds = boot_seconds() - started
+    if seconds > DEAR_RECHECK:
+        text = "a re-check takes %.1f s without an index on sourceData; a run needs less than %d s"
+        log.warning(text, seconds, MAX_RECHECK_AGE)
+
+
+def make_plan(
+    run: Setting, bucket: Bucket, terms: Terms, jobs: JobTable, totals: Totals, sample: Sample[str]
+) -> Spool[Candidate]:
+    """Read the table, list what the terms need of the bucket, merge, and keep the plan."""
+    whole, over, start = terms.orphans_before is not None, run.progress.over, len(terms.prefix)
+    log.info("reading %s; cutoff %s", jobs.name, terms.cutoff.isoformat())
+    found = read_references(jobs, terms, totals, sample)
+    references = Spool(over(found, "reading references"))
+    log.info("%d keys are expired, %d stay; listing the bucket", totals.expired, totals.remaining)
+    lost = Spellings()
+
+    def is_doubtful(key: str) -> bool:
+        return not jobs.can_hold(key[start:]) or (totals.dangling > 0 and lost.has(key[start:]))
+
+    pairs = outer_join(references, bucket.objects(references, whole))
+    pairs = over(pairs, "listing", 0 if whole else len(references), minutely=jobs.ping)
+    tell = (lambda key: lost.add(key[start:])) if whole else str
+    candidates = Spool(plan(pairs, terms, totals, tell))
+    if totals.planned["orphan"]:
+        candidates = Spool(without_doubtful(iter(candidates), totals, is_doubtful))
+    log.info("planned: %d objects, %d bytes", totals.planned.objects, totals.planned["bytes"])
+    if whole and totals.dangling:
+        log.warning("%d keys of remaining jobs have no object: lost data?", totals.dangling)
+    if totals.doubtful:
+        why = "a request cannot spell their name, or a job may mean them by another spelling"
+        log.warning("%d objects are kept as doubtful: %s", totals.doubtful, why)
+    return candidates
+
+
+def wrong_place(totals: Totals, terms: Terms, sample: Sample[str], bucket: Bucket) -> Iterator[str]:
+    """Yield a reason to refuse if absence would be believed, but most keys of remaining jobs are
+    not in the bucket: of all of them where all is listed, else of a sample."""
+    if not totals.remaining or not believes_absence(totals, terms):
+        return
+    if terms.orphans_before is not None:
+        there = totals.remaining - totals.dangling
+        yield from majority_refusal(totals.remaining, there, totals.dangling_key)
+        return
+    keys = [terms.prefix + name for name in spread(sample.items, SAMPLE)]
+    found = [*bucket.each(bucket.find, keys)]
+    lost = [key for key, item in zip(keys, found, strict=True) if item is None]
+    yield from majority_refusal(len(keys), len(keys) - len(lost), lost[0] if lost else "")
+
+
+def undo(run: Setting, source: Path, run_id: str | None) -> None:
+    """Bring back what one run hid. Raises PurgeError."""
+    ledger, report, over, totals = run.ledger, run.ledger.report, run.progress.over, Totals()
+    with ExitStack() as stack:
+        with run.stop.at_once():
+            hold_source(source, ledger, stack)
+            wire, bucket, _ = open_bucket(run)
+            if report.versioning == "off":
+                message = f"Bucket {bucket.name} is not versioned: there is nothing to undo."
+                raise PurgeError(message, REFUSED)
+            events = Log(source, run.stop, run.progress)
+            chosen, count = events.choose(run_id, bucket.name)
+            last, has_end, planned = events.ending(chosen)
+            if not has_end:
+                warn_of_killed(report, last, planned, count)
+            intents = over(events.intents(chosen, last), "looking for delete markers", count)
+            found = Spool(plan_undo(intents, bucket, totals, ledger))
+            report.plan(totals)
+            show_plan(found, run.output)
+        if not run.output.dry_run:
+            done = restore(found, wire, ledger, run.stop, run.limits)
+            deque(over(done, "restoring", len(found)), maxlen=0)
+
+
+def hold_source(source: Path, ledger: Ledger, stack: ExitStack) -> None:
+    """Lock the log that is undone, unless this run writes to the same file and holds it already.
+    Raises PurgeError."""
+    try:
+        file = stack.enter_context(source.open("rb"))
+        own = os.fstat(ledger.file.fileno()) if ledger.file else None
+    except OSError as error:
+        raise PurgeError(f"Cannot read the audit log {source}: {error.strerror}.", USAGE) from error
+    if own is None or not os.path.samestat(own, os.fstat(file.fileno())):
+        hold(file, source, fcntl.LOCK_SH)
+
+
+def warn_of_killed(report: Report, last: datetime, planned: int, known: int) -> None:
+    """Say what cannot be known of a run that has no end."""
+    if known < planned:
+        log.warning("the run was killed: it planned %d objects, and tried %d", planned, known)
+    if (until := last + STILL_AT_WORK) > datetime.now(UTC):
+        report.incomplete = True
+        message = "S3 may still be deleting for this run: run the undo again after %s"
+        log.error(message, until.isoformat(timespec="seconds"))
+
+
+def tell_why(run: Setting, key: str) -> None:
+    """Print the explanation of one key. Raises PurgeError."""
+    with ExitStack() as stack, run.stop.at_once():
+        wire, bucket, lead = open_bucket(run)
+        gate, jobs = open_table(run, wire, lead, stack)
+        facts = explain(key, gate, jobs, bucket, run.wishes)
+        if (audit_log := run.output.audit_log) and audit_log.exists():
+            facts["history"] = [*history_of(audit_log, key)]
+        told = json.dumps(facts, default=str) if run.output.json else explanation(facts)
+        run.output.screen.show(told)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -1670,10 +2805,40 @@ def moment(text: str) -> datetime:
     raise click.BadParameter(f"{text!r} is not ISO 8601 since 1970, such as 2019-06-03T00:00:00Z.")
 
 
-PERCENT, FILE = click.FloatRange(0, 100), click.Path(readable=False, path_type=Path)
-COUNT, DAYS = click.IntRange(0), click.IntRange(0, 36500)
-PORT, SOME_DAYS, THREADS = click.IntRange(1, 65535), click.IntRange(1, 36500), click.IntRange(1, 64)
-FLAG, BARE = {"is_flag": True}, {"allow_from_autoenv": False}  # BARE: no variable is read
+class Number(click.ParamType[Any]):
+    """Type of an option: a number between two limits, both included."""
+
+    def __init__(self, kind: type, low: float, high: float) -> None:
+        self.name, self._kind, self._low, self._high = "N", kind, low, high
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        with suppress(ValueError):
+            number = self._kind(value)
+            if self._low <= number <= self._high:
+                return number
+        limits = f"from {self._low} to {self._high}"
+        limits = limits if self._high < NO_LIMIT else f"of {self._low} or more"
+        whole = "whole number" if self._kind is int else "number"
+        return self.fail(f"{value!r} is not a {whole} {limits}.", param, ctx)
+
+
+class Switch(click.types.BoolParamType):
+    """Type of a flag, which a variable sets as 1 or 0."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value in (True, False, "1", "0"):
+            return value in (True, "1")
+        return self.fail(f"{value!r} is neither 1 nor 0.", param, ctx)
+
+
+NO_LIMIT = 10**15
+PERCENT, FILE = Number(float, 0, 100), click.Path(readable=False, path_type=Path)
+COUNT, DAYS, SOME_DAYS = Number(int, 0, NO_LIMIT), Number(int, 0, 36500), Number(int, 1, 36500)
+PORT, THREADS = Number(int, 1, 65535), Number(int, 1, 64)
+FLAG, BARE = (
+    {"is_flag": True, "type": Switch()},
+    {"allow_from_autoenv": False},
+)  # BARE: no variable is read
 
 # Name, type or further settings, default, help.
 OPTIONS: list[tuple[str, Any, Any, str]] = [
@@ -1703,7 +2868,11 @@ OPTIONS: list[tuple[str, Any, Any, str]] = [
     ("--json", FLAG, False, "Print the summary as one JSON object."),
     ("-v --verbose", FLAG, False, "Log more, and show tracebacks."),
     ("-q --quiet", FLAG, False, "Print nothing but problems."),
+    ("--explain", BARE | {"metavar": "KEY"}, None,
+     "Say what a run would do with this key, and why."),
     ("--undo", BARE | {"type": FILE, "metavar": "AUDIT_LOG"}, None, "Bring back what one run hid."),
+    ("--undo-rows", BARE | {"type": FILE, "metavar": "AUDIT_LOG"}, None,
+     "Print the SQL that brings back the job rows of one run."),
     ("--run-id", BARE | {"metavar": "ID"}, None, "The run to undo, if the log holds several."),
 ]  # fmt: skip
 # What must match as a whole, and what to say if it does not. A bucket may be an access point's ARN.
@@ -1714,12 +2883,18 @@ SPELLINGS = {
     "bucket": (PLACE, "is not a bucket name; a path goes into --prefix"),
 }
 NEEDED = ("db_host", "db_user", "db_name", "bucket")  # by a purge; by an undo only the last
+ALONE = ("undo", "undo_rows", "explain")  # the options that do something else than a purge
+# What an undo takes of a purge's options.
+OF_UNDO = {"undo", "run_id", "bucket", "profile", "region", "dry_run", "audit_log", "json"}
+OF_UNDO |= {"verbose", "quiet", "workers", "max_rate"}
+OF_UNDO_ROWS = {"undo_rows", "run_id", "verbose", "quiet"}
 
 CONTEXT = {"auto_envvar_prefix": VARIABLES[:-1], "help_option_names": ["-h", "--help"]}
 EPILOG = f"""\b
 Each option can also be set as {VARIABLES}<NAME>, such as
-{VARIABLES}DB_HOST, but for --undo and --run-id; a flag as 1 or 0.
-A variable of that kind that is no option, or is empty, is an error.
+{VARIABLES}DB_HOST, but for --undo, --undo-rows, --run-id and
+--explain; a flag as 1 or 0. A variable of that kind that is no option, or
+is empty, is an error.
   {PASSWORD_VARIABLE}  instead of an IAM token, for servers
                                without IAM; without --ca-bundle only
                                for a loopback host
@@ -1731,10 +2906,21 @@ Exit codes:
   1  an operation failed (database, S3)
   2  wrong usage
   3  refused by a guard, nothing deleted
-  4  finished, but some keys failed
-  75  another run holds the lock
+  4  finished, but some keys failed or could not be brought back
+  75  another run holds the lock or the audit log
   129, 130, 143  stopped by SIGHUP, SIGINT, SIGTERM; run again to finish
 """
+
+
+class Command(click.Command):
+    """A command whose usage errors are one line."""
+
+    def make_context(self, *given: Any, **more: Any) -> click.Context:
+        try:
+            return super().make_context(*given, **more)
+        except click.UsageError as error:
+            error.ctx = None  # with it, click prints its own two lines before
+            raise
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -1745,10 +2931,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(context_settings=CONTEXT, epilog=EPILOG)
+@click.command(cls=Command, context_settings=CONTEXT, epilog=EPILOG)
 @with_options
 @click.version_option(VERSION, message="%(prog)s %(version)s", allow_from_autoenv=False)
-def main(**given: Any) -> None:
+@click.pass_context
+def main(ctx: click.Context, /, **given: Any) -> None:
     """Delete the S3 source data of TRIAL jobs completed more than 90 days ago.
 
     A key goes only if no remaining job refers to it; OFFICIAL jobs and their data stay for ever.
@@ -1756,277 +2943,145 @@ def main(**given: Any) -> None:
     """
     gc.freeze()  # a tenth of all CPU went into walks over what the imports made
     gc.set_threshold(20_000)
-    check_usage(given)
-    set_up_output(given["verbose"], given["quiet"])
-    stop, undoes, dry_run = Stop(), given["undo"] is not None, given["dry_run"]
-    report = Report(bucket=given["bucket"], prefix=given["prefix"])
+    check_usage(ctx, given)
+    stop, report = Stop(), Report(bucket=given["bucket"] or "", prefix=given["prefix"])
+    undoes, dry_run = given["undo"] is not None, given["dry_run"] or given["explain"] is not None
     report.mode = ("undo-" * undoes + "dry-run") if dry_run else "undo" if undoes else "purge"
     schema = "" if "." in given["db_table"] else f"{given['db_name']}."
-    report.table = None if undoes else schema + given["db_table"]
+    table = schema + given["db_table"]
+    report.table = None if undoes else table
+    output = set_up_output(stop, given, dry_run)
     ledger = Ledger(report)
     try:
         stop.listen()
-        report.end(outcome(lambda: carry_out(given, ledger, stop)))
+        report.end(outcome(lambda: carry_out(given, table, output, ledger, stop)))
     except Interrupted:  # here, so that no moment of the run is without a catcher
         name = signal.Signals(stop.received).name
         report.error = f"Stopped by {name}; run again to finish the work."
         report.exit_code = 128 + stop.received  # as shells have it
-    if given["manifest"] and report.exit_code == REFUSED and not undoes:
+    if output.manifest and report.exit_code == REFUSED and report.mode == "purge":
         with suppress(OSError):
-            given["manifest"].unlink()  # an earlier run's
-    finish(ledger, given)
+            output.manifest.unlink()  # an earlier run's
+    finish(ledger, output, undo_command(given, report))
     sys.exit(report.exit_code)
 
 
-def check_usage(given: dict[str, Any]) -> None:
+def undo_command(given: dict[str, Any], report: Report) -> str:
+    """The command that takes back what this run hid."""
+    places = {name: given[name] for name in ("bucket", "profile", "region") if given[name]}
+    words = [word for name, value in places.items() for word in (flag(name), value)]
+    words += ["--undo", str(given["audit_log"]), "--run-id", report.run_id]
+    return shlex.join([sys.argv[0], *words])
+
+
+def check(fine: Any, message: str) -> None:
+    if not fine:
+        raise PurgeError(message, USAGE)
+
+
+def check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
     """What click cannot check for a single option: variables, required options, files."""
-
-    def check(fine: Any, message: str) -> None:
-        if not fine:
-            raise PurgeError(message, USAGE)
-
-    names = {*given} - {"undo", "run_id"}
+    names = {*given} - {*ALONE, "run_id"}
     known = {VARIABLES + name.upper() for name in names} | {PASSWORD_VARIABLE}
     for name in sorted(name for name in os.environ if name.startswith(VARIABLES)):
         nearest = get_close_matches(name, known, 1, 0)[0]
         check(name in known, f"{name} is no option's variable: do you mean {nearest}?")
-        check(bool(os.environ[name].strip()), f"{name} is empty: give it a value, or unset it.")
-    for name in NEEDED[3 if given["undo"] else 0 :]:
-        check(given[name], f"Missing option '--{name.replace('_', '-')}'.")
+        check(os.environ[name].strip(), f"{name} is empty: give it a value, or unset it.")
+        check_characters(name, os.environ[name])
+    for name, value in given.items():
+        check_characters(flag(name), value if name != "explain" else "")
+    alone = [name for name in ALONE if given[name] is not None]
+    check(len(alone) < 2, f"Give only one of {', '.join(map(flag, ALONE))}.")
+    check(not given["run_id"] or {*alone} & {"undo", "undo_rows"}, "--run-id goes with --undo.")
+    allowed = {"undo": OF_UNDO, "undo_rows": OF_UNDO_ROWS}.get("".join(alone), {*given})
+    for name in given:
+        on_line = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        goes = name in allowed or not on_line
+        check(goes, f"{flag(name)} does not go with {' '.join(map(flag, alone))}.")
+    needed = {"undo": NEEDED[3:], "undo_rows": ()}.get("".join(alone), NEEDED)
+    for name in needed:
+        check(given[name], f"Missing option '{flag(name)}'.")
     for name, (pattern, advice) in SPELLINGS.items():
         fine = not given[name] or re.fullmatch(pattern, given[name])
-        check(fine, f"--{name.replace('_', '-')}: {given[name]!r} {advice}.")
-    check(not given["run_id"] or given["undo"] is not None, "--run-id goes with --undo.")
-    if target := given["manifest"]:
-        try:
-            check(not target.exists() or target.is_file(), "--manifest must be a file.")
-            logs = {path.resolve() for path in (given["audit_log"], given["undo"]) if path}
-            own = {target.resolve(), target.with_name(f"{target.name}.part").resolve()}
-        except (OSError, RuntimeError) as error:
-            raise PurgeError(f"Cannot use --manifest or --audit-log: {error}.", USAGE) from None
-        check(not logs & own, "--manifest and --audit-log must be two files.")
-    check(given["max_percent"] == given["max_percent"], "--max-percent must be a number.")
+        check(fine, f"{flag(name)}: {given[name]!r} {advice}.")
+    check_files(given)
 
 
-def set_up_output(verbose: bool, quiet: bool) -> None:
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_characters(name: str, value: Any) -> None:
+    """A control character has come in by accident: an editor's carriage return, for one."""
+    odd = [char for char in str(value) if ord(char) < 32 or ord(char) == 127]
+    fine = not isinstance(value, str | Path) or not odd
+    check(fine, f"{name} has a control character in it ({''.join(odd)!r}): remove it.")
+
+
+def check_files(given: dict[str, Any]) -> None:
+    """The manifest is renamed into its place, so it may be no other file."""
+    if not (target := given["manifest"]):
+        return
+    try:
+        check(not target.exists() or target.is_file(), "--manifest must be a file.")
+        logs = {path.resolve() for path in (given["audit_log"], given["undo"]) if path}
+        own = {target.resolve(), target.with_name(f"{target.name}.part").resolve()}
+    except (OSError, RuntimeError) as error:
+        raise PurgeError(f"Cannot use --manifest or --audit-log: {error}.", USAGE) from None
+    check(not logs & own, "--manifest and --audit-log must be two files.")
+
+
+def set_up_output(stop: Stop, given: dict[str, Any], dry_run: bool) -> Output:
     """Log to standard error, in UTC; print any key on a terminal of any encoding."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+    screen = Screen(stop)
     logging.Formatter.converter = time.gmtime
-    style = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(format=style, datefmt="%Y-%m-%dT%H:%M:%SZ")
-    log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    log.addHandler(screen)
+    level = logging.WARNING if given["quiet"] else logging.INFO
+    log.setLevel(logging.DEBUG if given["verbose"] else level)
+    summary = given["explain"] is None and given["undo_rows"] is None
+    flags = (given["json"], given["quiet"], dry_run)
+    return Output(screen, *flags, given["manifest"], given["audit_log"], summary)
 
 
-def outcome(action: Callable[[], None]) -> PurgeError | None:
-    """Do it; the error that ended it, in one line, whatever it was."""
-    try:
-        action()
-    except PurgeError as error:
-        log.debug("stopped", exc_info=True)
-        return error
-    except aws.BotoCoreError as error:
-        usage = type(error).__name__ in ("ProfileNotFound", "NoCredentialsError", "NoRegionError")
-        advice = f"{str(error).rstrip('.')}. Check AWS credentials, --profile, --region."
-        return PurgeError(advice, USAGE if usage else FAILED)
-    except Exception as error:
-        log.debug("stopped", exc_info=True)
-        return PurgeError(f"Unexpected {type(error).__name__}: {error}. -v shows where.")
-    return None
-
-
-def carry_out(given: dict[str, Any], ledger: Ledger, stop: Stop) -> None:
-    """Make of the command line what the parts of the run need, and run. Raises PurgeError."""
-    report, dry_run = ledger.report, given["dry_run"]
-    with ExitStack() as stack:
-        with stop.reading():
-            if given["audit_log"] and not dry_run:
-                options = {name: value for name, value in given.items() if value is not None}
-                ledger.start(given["audit_log"], options)
-            session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
-            bucket = Bucket(session, report, given["workers"], stop)
-            bucket.look()
-            enabled, jobs = report.versioning == "enabled", None
-            report.recoverable = enabled and bool(given["audit_log"]) and not given["undo"]
-            if given["undo"]:
-                candidates = prepare_undo(bucket, ledger, given)
-            else:
-                connection = stack.enter_context(closing(log_in(session, given)))
-                jobs, candidates = prepare_purge(bucket, ledger, connection, given)
-        if not dry_run:
-            rounds = Rounds(bucket, ledger, Pace(given["max_rate"]), jobs)
-            rounds.run(candidates, given["delete_jobs"])
-
-
-def log_in(session: boto3.Session, given: dict[str, Any]) -> Any:
-    """Connect to the database, with the password or an IAM token, made now as it lives 15 minutes.
-    Raises PurgeError."""
-    password = os.environ.get(PASSWORD_VARIABLE)
-    host, port, user = given["db_host"], given["db_port"], given["db_user"]
-    settings = tls_settings(given["ca_bundle"], password is not None and host in LOOPBACK)
-    settings |= {"host": host, "port": port, "user": user, "database": given["db_name"]}
-    log.info("connecting to %s:%d", host, port)
-    if password is None and not session.region_name:
-        raise PurgeError("No AWS region: give --region, that of the database.", USAGE)
-    if password is None:
-        password = session.client("rds").generate_db_auth_token(host, port, user)
-    return connect(settings | {"password": password.encode()})
-
-
-def policy_of(given: dict[str, Any], now: datetime) -> Policy:
-    """The rules at the moment `now` of the database's clock (aware UTC). Raises PurgeError for
-    `--as-of` in the future, where jobs would expire before their time."""
-    as_of = given["as_of"] or now.replace(microsecond=0)
-    if as_of > now:
-        raise PurgeError(f"--as-of {as_of} is later than the database clock, {now}.", REFUSED)
-    cutoff = as_of - timedelta(days=given["retention_days"])
-    before = now - timedelta(days=given["orphan_grace_days"]) if given["orphans"] else None
-    return Policy(cutoff, given["prefix"], before, given["delete_jobs"])
-
-
-def prepare_purge(
-    bucket: Bucket, ledger: Ledger, connection: Any, given: dict[str, Any]
-) -> tuple[JobTable, Spool[Candidate]]:
-    """All of a run that only reads: lock, plan, guards. Raises PurgeError if it may not go on."""
-    report, table, totals = ledger.report, str(ledger.report.table), Totals()
-    if not given["dry_run"]:
-        take_lock(connection, bucket.name, bucket.prefix, table)
-    ((now,),) = query(connection, "Cannot ask the database's clock", "SELECT UTC_TIMESTAMP(6)")
-    now = now.replace(tzinfo=UTC)
-    clocks = clock_refusals(now - datetime.now(UTC), bucket.s3_lead)
-    policy = policy_of(given, now)
-    report.cutoff = policy.cutoff.isoformat()
-    jobs = JobTable(connection, table, policy.cutoff)
-    candidates = make_plan(bucket, jobs, policy, totals)
-    report.plan(totals, given["orphans"], policy.rows)
-    # How far S3's clock is ahead tells an undo which markers are younger than an intent.
-    lead = {"s3_lead_seconds": bucket.s3_lead.total_seconds()}
-    ledger.write("plan", [vars(totals) | report.as_dict() | lead])
-    reasons = [*clocks, *refusals(totals, policy, given["max_objects"], given["max_percent"])]
-    reasons += wrong_place(totals, jobs, bucket)
-    reasons += jobs.row_refusals() if policy.rows else []
-    show_plan(candidates, given)
-    if reasons:
-        raise PurgeError(f"Refused, nothing was deleted: {'; '.join(reasons)}.", REFUSED)
-    if given["manifest"]:
-        write_manifest(candidates, bucket.name, given["manifest"])
-    return jobs, candidates
-
-
-def make_plan(bucket: Bucket, jobs: JobTable, policy: Policy, totals: Totals) -> Spool[Candidate]:
-    """Read the table, list what the policy needs of the bucket, merge, and keep the plan."""
-    whole = policy.orphans_before is not None
-    log.info("reading %s; cutoff %s", jobs.name, policy.cutoff.isoformat())
-    references = Spool(watched(read_references(jobs, policy, totals), "reading references"))
-    log.info("%d keys are expired, %d stay; listing the bucket", totals.expired, totals.remaining)
-
-    def is_doubtful(key: str) -> bool:
-        """Whether a job may mean this orphan: its column cannot hold the name, or it holds another
-        Unicode normalisation of it."""
-        name = key.removeprefix(policy.prefix)
-        keys = {policy.prefix + normalize(form, name) for form in ("NFC", "NFD")} - {key}
-        return not jobs.can_hold(name) or any(map(references.has, keys))
-
-    pairs = outer_join(references, bucket.objects(references, whole))
-    pairs = watched(pairs, "listing", 0 if whole else len(references), minutely=jobs.ping)
-    candidates = Spool(plan(pairs, policy, totals, is_doubtful))
-    log.info("planned: %d objects, %d bytes", totals.planned.objects, totals.planned["bytes"])
-    if whole and totals.dangling:
-        log.warning("%d keys of remaining jobs have no object: lost data?", totals.dangling)
-    if totals.doubtful:
-        why = "the table cannot hold the name, or holds it in another Unicode normalisation"
-        log.warning("%d orphans are kept: %s", totals.doubtful, why)
-    return candidates
-
-
-def wrong_place(totals: Totals, jobs: JobTable, bucket: Bucket) -> Iterator[str]:
-    """A reason to refuse, if all expired keys are missing, and some of remaining jobs as well: the
-    absence of objects is believed only where keys of this table were seen."""
-    if totals.expired and totals.missing == totals.expired and not totals.known:
-        sample = [bucket.prefix + name for name in jobs.sample()]
-        sample = [key for key in sample if len(key.encode()) <= KEY_BYTES]
-        if sample and not any(bucket.each(bucket.exists, sample)):
-            keys = f"the {totals.expired} expired keys and of {len(sample)} keys of remaining jobs"
-            yield f"none of {keys} has an object: {WRONG_PLACE}"
-
-
-def prepare_undo(bucket: Bucket, ledger: Ledger, given: dict[str, Any]) -> Spool[Candidate]:
-    """The delete markers of one run, to be removed, so that objects are live again. Raises
-    PurgeError."""
-    report, totals = ledger.report, Totals()
-    if report.versioning == "off":
-        message = f"Bucket {bucket.name} is not versioned: there is nothing to undo."
-        raise PurgeError(message, REFUSED)
-    events = read_audit_log(given["undo"])
-    chosen, count = choose_run(events, given["run_id"], bucket.name)
-    intents = watched(intents_of(events, chosen), "looking for delete markers", count)
-    candidates = Spool(plan_undo(intents, bucket, totals, ledger))
-    report.plan(totals)
-    show_plan(candidates, given)
-    return candidates
-
-
-def show_plan(candidates: Iterable[Candidate], given: dict[str, Any]) -> None:
-    """In a dry run, print what a real one would do: reason, bytes, last modified, key."""
-    if not given["dry_run"] or given["json"] or given["quiet"]:
+def carry_out(
+    given: dict[str, Any], table: str, output: Output, ledger: Ledger, stop: Stop
+) -> None:
+    """Do what the command line asks for. Raises PurgeError."""
+    if given["undo_rows"] is not None:
+        with ExitStack() as stack, stop.at_once():
+            hold_source(given["undo_rows"], ledger, stack)
+            for part in rows_sql(given["undo_rows"], given["run_id"]):
+                output.screen.show(part)
         return
-    objects = (item for item in candidates if item.reason in OF_OBJECTS)
-    lines = (f"{why}\t{size}\t{at}\t{printable(key)}" for key, why, size, at, _ in objects)
-    for chunk in chunks(lines, 1000):
-        show("\n".join(chunk))
+    if output.audit_log and output.summary and not output.dry_run:
+        options = {name: value for name, value in given.items() if value is not None}
+        ledger.start(output.audit_log, options)
+    run = setting_of(given, table, output, ledger, stop)
+    if given["undo"] is not None:
+        undo(run, given["undo"], given["run_id"])
+    elif given["explain"] is not None:
+        tell_why(run, given["explain"])
+    else:
+        purge(run)
 
 
-def write_manifest(candidates: Iterable[Candidate], bucket: str, path: Path) -> None:
-    """Write the plan as S3 Batch Operations reads it, `bucket,url-encoded-key` on each line; beside
-    first, then renamed. Raises PurgeError."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("w", encoding="ascii", newline="") as file:
-            objects = (item for item in candidates if item.reason in OF_OBJECTS)
-            file.writelines(f"{bucket},{quote(item.key)}\n" for item in objects)
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
-
-
-def finish(ledger: Ledger, given: dict[str, Any]) -> None:
-    """Tell how it went: audit log, standard output and error, all with the same exit code."""
-    report = ledger.report
-    ledger.tell_causes()
-    report.end(outcome(ledger.end))
-    error = outcome(lambda: show_summary(report, given))
-    if error is not None and report.error is None:
-        report.end(error)
-        outcome(ledger.end)  # the last `end` counts
-    if report.error is not None:
-        line = f"Error: {report.error}"
-        if not sys.stderr.isatty():
-            line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line} (run {report.run_id})"
-        with suppress(OSError):
-            click.echo(line, err=True)
-
-
-def show_summary(report: Report, given: dict[str, Any]) -> None:
-    if given["json"]:
-        show(json.dumps(report.as_dict()))
-    elif report.planned is not None and not (given["quiet"] and report.exit_code == 0):
-        show(report.as_text())
-        if given["dry_run"] and sys.stderr.isatty() and not sys.stdout.isatty():
-            click.echo(report.as_text(), err=True)  # the plan went into a file
-
-
-def show(text: str) -> None:
-    """Print a result. Raises PurgeError if standard output is closed or full."""
-    try:
-        click.echo(text)
-    except OSError as error:
-        # Nothing more can be printed, neither here nor when Python flushes at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise PurgeError(f"Cannot print the result: {error.strerror}.") from error
+def setting_of(
+    given: dict[str, Any], table: str, output: Output, ledger: Ledger, stop: Stop
+) -> Setting:
+    """Take the command line apart into values."""
+    grace = given["orphan_grace_days"] if given["orphans"] else None
+    bucket, prefix, days = given["bucket"], given["prefix"], given["retention_days"]
+    wishes = Wishes(bucket, prefix, days, given["as_of"], grace, given["delete_jobs"])
+    host, port, user, schema = (given[f"db_{name}"] for name in ("host", "port", "user", "name"))
+    password = os.environ.get(PASSWORD_VARIABLE)
+    login = Login(host, port, user, schema, table, given["ca_bundle"], password)
+    objects, percent = given["max_objects"], given["max_percent"]
+    limits = Limits(objects, percent, given["max_rate"], given["workers"])
+    session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
+    return Setting(wishes, login, limits, output, session, stop, ledger, Progress(output.screen))
 
 
 if __name__ == "__main__":

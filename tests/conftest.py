@@ -5,6 +5,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -69,6 +70,16 @@ def until(box: Sandbox, statement: str) -> None:
             return
         time.sleep(0.3)
     raise AssertionError(f"nothing in two minutes: {statement}")
+
+
+@contextmanager
+def setting(box: Sandbox, name: str, value: Any) -> Iterator[None]:
+    """The server has this setting for a while."""
+    box.sql(f"SET GLOBAL {name} = {value!r}")
+    try:
+        yield
+    finally:
+        box.sql(f"SET GLOBAL {name} = DEFAULT")
 
 
 def until_gone(box: Sandbox) -> None:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Runs the main job on a throwaway sandbox: the original system's 50 jobs and 48 objects.
+# Shows why an object goes or stays, a purge, and its undo, on a throwaway sandbox: 51 jobs and 48
+# objects in a versioned bucket.
 # usage: sh tests/demo.sh
 set -u
 if [ -z "${DEMO_IN_SANDBOX:-}" ]; then
@@ -10,28 +11,35 @@ if [ -z "${DEMO_IN_SANDBOX:-}" ]; then
     exec "$python" tests/world/sandbox.py sh tests/demo.sh
 fi
 
-say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
-run() {
-    printf '\033[1m$ %s\033[0m\n' "$*"
-    "$@"
+bold= plain=
+if [ -t 1 ]; then bold=$(printf '\033[1m') plain=$(printf '\033[0m'); fi
+say() { printf '\n%s# %s%s\n' "$bold" "$*" "$plain"; }
+python=${DEMO_PYTHON:-.venv/bin/python}
+folder=$(mktemp -d) && trap 'rm -r "$folder"' EXIT
+# "..." stands for the options of the sandbox: RETENTION_PURGE_DB_HOST and others, --as-of.
+purge() {
+    printf '%s$ python retention_purge.py ... %s%s\n' "$bold" "$*" "$plain"
+    "$python" retention_purge.py --as-of 2019-06-03T00:00:00Z "$@"
     printf '(exit code %s)\n' "$?"
 }
-PATH="$PWD/.venv/bin:$PATH"
-host=$RETENTION_PURGE_DB_HOST port=$RETENTION_PURGE_DB_PORT ca=$RETENTION_PURGE_CA_BUNDLE
-bucket=$RETENTION_PURGE_BUCKET user=$RETENTION_PURGE_DB_USER name=$RETENTION_PURGE_DB_NAME
-for variable in $(env | sed -n 's/^\(RETENTION_PURGE_[A-Z_]*\)=.*/\1/p'); do unset "$variable"; done
+objects() { "$python" tests/world/sandbox.py --list >"$folder/$1"; }
+differences() { diff "$folder/before" "$folder/after" | grep '^[<>]' || echo "no difference"; }
 
-purge() {
-    run python retention_purge.py --db-host "$host" --db-port "$port" --db-user "$user" \
-        --db-name "$name" --ca-bundle "$ca" --bucket "$bucket" \
-        --as-of 2019-06-03T00:00:00Z "$@"
-}
-
+say "One job row of each kind, and what a run would do with its object."
+for key in incoming_000011 incoming_000012 incoming_000001 incoming_000010 incoming_000031 test; do
+    purge --quiet --explain "$key"
+done
 say "A dry run: what would be deleted, and why. Nothing is changed."
 purge --dry-run
+objects before
 say "The purge."
-purge
-say "What is left in the bucket."
-run python tests/world/sandbox.py --list
-say "The same again: nothing to do."
-purge --quiet
+purge --audit-log "$folder/audit.jsonl"
+objects after
+say "What went (<). All else stayed."
+differences
+say "The undo."
+printf '%s$ python retention_purge.py ... --undo %s%s\n' "$bold" "$folder/audit.jsonl" "$plain"
+"$python" retention_purge.py --undo "$folder/audit.jsonl"
+objects after
+say "The bucket, before the purge and after the undo."
+differences

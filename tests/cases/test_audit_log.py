@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from datetime import datetime
 
-from conftest import AS_OF, EVERYTHING, events, expire
+from conftest import AS_OF, EVERYTHING, Held, ended, events, expire
 from sandbox import BUCKET, DATABASE, TABLE
 from test_seed import EXPIRED, ORPHANS
 
@@ -69,7 +69,35 @@ def test_one_that_breaks_in_mid_run_stops_it_and_the_summary_still_adds_up(world
     result = world.purge(*options, patch=patch)
     summary, gone = result.summary, 600 - len(world.box.live_keys())
     assert (result.code, 100 <= gone < 600) == (1, True)
-    assert "Cannot write the audit log: File too large" in summary["error"]
+    assert f"Cannot write the audit log {path}: File too large" in summary["error"]
     assert (summary["deleted"]["expired"], summary["not_attempted"]) == (gone, 600 - gone)
     intents = re.findall('"event": "delete",.*"key": "(.*?)"', path.read_text())
     assert gone <= len(intents)
+
+
+def test_a_second_run_or_undo_with_the_same_log_exits_75_and_writes_nothing(world, proxy, tmp_path):
+    """Another prefix is another lock in the database."""
+    path, held = tmp_path / "log", Held(proxy, "list")
+    first = world.start(*AS_OF, "--json", "--audit-log", str(path))
+    held.wait()
+    proxy.before = lambda request: None
+    world.box.put(f"x/{EXPIRED[0]}")
+    before = path.read_bytes()
+    own = ("--audit-log", str(path), "--prefix", "x/")
+    for options in (*AS_OF, *own), ("--undo", str(path)), ("--undo", str(path), "--dry-run"):
+        second = world.purge(*options)
+        assert (second.code, f"uses the audit log {path}" in second.error) == (75, True)
+    assert world.purge(*AS_OF, *own, "--dry-run").code == 0, "it writes nothing"
+    assert path.read_bytes() == before
+    held.release()
+    assert ended(first).summary["deleted"]["expired"] == 17
+    assert world.purge(*AS_OF, *own).code == 0, "the lock is gone with its run"
+
+
+def test_one_that_others_can_write_is_warned_about(world, tmp_path):
+    path = tmp_path / "log"
+    for mode, warned in (0o640, 0), (0o660, 1), (0o602, 1):
+        path.touch()
+        path.chmod(mode)
+        told = world.purge(*AS_OF, "-q", "--audit-log", str(path)).err
+        assert told.count(f"WARNING {path} can be written by others") == warned

@@ -19,7 +19,8 @@ WRONG = [
     "--profile no-such-profile", "--manifest /no/where --audit-log /no/./where",
 ]  # fmt: skip
 VARIABLES = {"DB_HOST": None, "DB_USER": None, "DB_NAME": None, "BUCKET": None}
-VARIABLES |= {"DRYRUN": "1", "DRY_RUN": ""}
+VARIABLES |= {"DRYRUN": "1", "DRY_RUN": "", "AUDIT_LOG": "audit.jsonl\r", "WORKERS": "8\r"}
+VARIABLES |= {"DB_PASSWORD": "secret\n"}
 
 
 @pytest.mark.parametrize("arguments", WRONG)
@@ -27,6 +28,26 @@ def test_wrong_usage_is_one_line_and_exit_2(world, arguments):
     result = world.purge(*arguments.split())
     assert (result.code, result.out) == (2, "")
     assert arguments.split()[0].rstrip("=") in result.error
+    assert len(result.err.splitlines()) == 1
+
+
+PLAIN = {  # without words that only click knows: types, ranges
+    "--max-objects 20,000": "'20,000' is not a whole number",
+    "--retention-days 1.5": "'1.5' is not a whole number from 1 to 36",
+    "--max-percent half": "'half' is not a number from 0 to 100",
+    "--workers 65": "'65' is not a whole number from 1 to 64",
+    "--prefix a\rb": "--prefix has a control character in it ('\\r')",
+    "--bucket b\x7f": "--bucket has a control character in it ('\\x7f')",
+    "--manifest m\n": "--manifest has a control character in it ('\\n')",
+}
+
+
+@pytest.mark.parametrize("arguments", PLAIN)
+def test_what_is_wrong_with_a_value_is_said_in_plain_words(world, arguments):
+    result = world.purge(*AS_OF, *arguments.split(" "))
+    assert (result.code, result.out, len(world.box.live_keys())) == (2, "", 48)
+    assert PLAIN[arguments] in result.error
+    assert result.err == f"Error: {result.error}\n"
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
@@ -35,7 +56,9 @@ def test_a_variable_that_is_missing_unknown_or_empty_ends_the_run(world, variabl
     result = world.purge(*AS_OF, **{name: value})
     assert (result.code, result.out, len(world.box.live_keys())) == (2, "", 48)
     option = f"--{variable.lower().replace('_', '-')}"
-    assert (option if value is None else f"{name} is ") in result.error
+    assert (option if value is None else f"{name} ") in result.error
+    assert (value or "").isprintable() == ("control character" not in result.error)
+    assert "secret" not in result.err
 
 
 def test_options_come_from_the_environment_too(world):
@@ -52,6 +75,13 @@ def test_a_time_without_offset_is_utc_and_other_retention_moves_the_cutoff(world
     summary = world.purge(*options, TZ="Asia/Tokyo").summary
     assert summary["cutoff"] == "2019-05-04T00:00:00+00:00"
     assert summary["planned"]["expired"] == 22
+
+
+def test_a_low_rate_makes_small_requests(world, proxy):
+    summary = world.purge(*AS_OF, "--json", "--max-rate", "5").summary
+    sizes = [r.body.count(b"<Key>") for r in proxy.requests if r.operation == "delete"]
+    assert (sizes, summary["deleted"]["expired"]) == ([5, 5, 5, 2], 17)
+    assert summary["seconds"] > 3, "after each full request a second"
 
 
 def python(version: str) -> str:

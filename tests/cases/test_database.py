@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import AS_OF, EVERYTHING, OLD, SCRIPT, World
+from conftest import AS_OF, EVERYTHING, OLD, SCRIPT, World, setting
 from proxies import TcpProxy
 from sandbox import DATABASE, TABLE, USER, Certificates, mariadb
 from test_job_rows import during, open_change
@@ -91,6 +91,7 @@ SETTINGS = {
     "sql_mode": ("sql_mode", "PAD_CHAR_TO_FULL_LENGTH,ANSI,NO_BACKSLASH_ESCAPES,TRADITIONAL"),
     "time_zone": ("time_zone", "+13:00"),
     "first_bytes": ("max_sort_length", 64),
+    "login": ("init_connect", "SET time_zone = '+13:00', sql_mode = 'ANSI', autocommit = 0"),
 }
 
 
@@ -100,11 +101,8 @@ def test_a_setting_of_the_server_decides_nothing(world, name, value):
     gone = ["gone", "a'\\b", f"{long}a"]
     jobs = [*(("TRIAL", JUST_BEFORE, key) for key in gone), ("TRIAL", CUTOFF, "kept")]
     load(world, [*jobs, ("OFFICIAL", OLD, f"{long}b")], "char(64) CHARACTER SET utf8mb4")
-    world.box.sql(f"SET GLOBAL {name} = {value!r}")
-    try:
+    with setting(world.box, name, value):
         assert deleted(world, "--orphans") == {*gone}
-    finally:
-        world.box.sql(f"SET GLOBAL {name} = DEFAULT")
 
 
 def test_a_row_deleted_by_a_transaction_that_is_still_open_is_still_there(world):

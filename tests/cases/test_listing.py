@@ -54,11 +54,19 @@ DICE = st.none() | st.integers(0, 99).map(random.Random)
 @settings(max_examples=250, deadline=None)
 @given(MANY, MANY, st.booleans(), SIZES, DICE)
 def test_each_pair_is_found_once_however_the_listing_is_cut(objects, wanted, whole, sizes, dice):
-    """`dice` makes pages shorter than they may be, as S3's may: they may even have no keys."""
+    """`dice` makes pages shorter than they may be, as S3's may: they may even have no keys. The
+    stub's tokens are keys: a page that a token asks for is not empty, or the same token came again.
+    """
     page, sparse, workers = sizes
-    full = bucket.fill(objects, workers=workers).store.page
+    full, tokens = bucket.fill(objects, workers=workers).store.page, set[str]()
+
+    def short(after: str, prefix: str, limit: int) -> tuple[list[str], bool]:
+        keys, more = full(after, prefix, dice.randint(after in tokens, limit))
+        tokens.update(keys[-1:] or [after])
+        return keys, more
+
     if dice:
-        bucket.store.page = lambda *where: full(*where[:2], dice.randint(0, where[2]))
+        bucket.store.page = short
     constants = {"PAGE": page, "BLOCK": page, "SEEK": min(page, 2), "SPARSE": sparse}
     with patch.multiple(rp, LISTED_AHEAD=4 * page, SOUGHT_AHEAD=8 * page, **constants):
         assert [*pairs(bucket, wanted, whole)] == expected(objects, wanted, whole)
@@ -223,9 +231,21 @@ def test_a_page_must_be_the_one_that_was_asked_for(name, key):
         bucket.page(**where)
 
 
-def test_whether_a_key_exists_is_asked_of_that_key():
-    assert [bucket.fill(there).exists("k") for there in ("az", ["kk"], ["k", "kk"])] == [0, 0, 1]
-    assert [query["max-keys"] for query in bucket.asked] == ["1"]
+def test_an_object_is_found_by_a_request_for_its_key_alone():
+    found = [bucket.fill(there).find("k") for there in ("az", ["kk"], ["k", "kk"])]
+    assert [item and item.key for item in found] == [None, None, "k"]
+    asked = [(query["prefix"], query["max-keys"]) for query in bucket.asked]
+    assert asked == [("k", "1")]
+
+
+@pytest.mark.parametrize("tokens", [b"abc", b"abb", b"aa"])
+def test_pages_without_objects_are_followed_but_not_to_the_same_token_again(tokens):
+    token = b"true</IsTruncated><NextContinuationToken>%c</NextContinuationToken>"
+    bodies = [NONE.replace(b"false</IsTruncated>", token % each) for each in tokens]
+    bucket.fill().after = lambda number, _: (200, [*bodies, ONE][number - 1])
+    stuck = pytest.raises(rp.PurgeError, match="same token again")
+    with stuck if tokens[-2] == tokens[-1] else nullcontext():
+        assert bucket.page().last == "k"
 
 
 # --- In a whole run -------------------------------------------------------------------------------

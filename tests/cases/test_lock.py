@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from conftest import AS_OF, Held, ended, expire, sql, until
-from sandbox import USER
+from sandbox import DATABASE, PASSWORD, TABLE, USER, Sandbox, mariadb, seed
+from script import World
 from test_job_rows import during
 from test_seed import EXPIRED
 
@@ -29,6 +30,25 @@ def test_of_two_runs_started_together_one_purges_and_one_exits_75(world, proxy):
     held.release()
     assert ended(first).summary["deleted"]["expired"] == 17
     assert world.purge(*AS_OF).code == 0, "the lock is gone with its run"
+
+
+def test_two_spellings_of_a_table_have_one_lock_where_the_server_folds_them(world, proxy):
+    box = world.box
+    options = (*box.certificates.server_options, "--lower-case-table-names=1")
+    with mariadb(box.home / "folds", *options) as server:
+        folds = Sandbox(box.home, server, box.certificates, box.s3_url, PASSWORD)
+        server.admin().cursor().execute(f"CREATE DATABASE {DATABASE}")
+        user = f"{USER}@'%' IDENTIFIED BY '{PASSWORD}'"
+        folds.sql(f"CREATE USER {user}", f"GRANT SELECT ON {DATABASE}.* TO {USER}@'%'")
+        folds.load(*seed())
+        held, other = Held(proxy, "list"), World(folds, settings=world.settings)
+        first = other.start(*AS_OF, "--json")
+        held.wait()
+        for table in TABLE.upper(), f"{DATABASE.upper()}.{TABLE.title()}":
+            second = other.purge(*AS_OF, "--db-table", table)
+            assert (second.code, "holds the lock" in second.error) == (75, True)
+        held.release()
+        assert ended(first).summary["deleted"]["expired"] == 17
 
 
 def test_a_lost_lock_stops_the_run(world, proxy):

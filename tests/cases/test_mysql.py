@@ -6,9 +6,13 @@ import pytest
 from sandbox import Sandbox
 from test_database import *  # noqa: F403
 from test_job_rows import *  # noqa: F403
-from test_lock import *  # noqa: F403
+from test_lock import (  # noqa: F401
+    test_a_lost_lock_stops_the_run,
+    test_of_two_runs_started_together_one_purges_and_one_exits_75,
+)
 from test_recheck import (  # noqa: F401
     test_a_key_that_is_in_use_or_whose_rows_have_vanished_since_is_retained_and_on_record,
+    test_a_session_that_is_no_longer_as_it_was_set_ends_the_run,
 )
 from test_seed import *  # noqa: F403
 

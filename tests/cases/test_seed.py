@@ -16,7 +16,10 @@ def test_expired_keys_go_everything_else_stays_and_a_second_run_finds_nothing_to
     gone = {"expired": 17, "orphan": 0, "bytes": 357}
     told = {"mode": "purge", "versioning": "off", "cutoff": "2019-03-05T00:00:00+00:00"}
     told |= {"planned": gone | {"jobs": 0}, "deleted": gone, "requests": {"list": 1, "delete": 1}}
-    told |= dict.fromkeys(["retained", "failed", "not_attempted", "missing", "jobs_deleted"], 0)
+    told["seen"] = {"jobs": 50, "expired_jobs": 22, "expired_keys": 17, "remaining_keys": 28}
+    told["seen"]["objects"] = None  # they are not all listed
+    zeros = ["retained", "failed", "not_attempted", "missing", "doubtful", "jobs_deleted"]
+    told |= dict.fromkeys(zeros, 0) | {"dangling": None, "recoverable": False}
     assert summary | told | {"exit_code": 0, "error": None} == summary
     again = world.purge(*AS_OF, "--json").summary
     assert (again["exit_code"], again["planned"]["expired"], again["missing"]) == (0, 0, 17)
@@ -33,6 +36,7 @@ def test_a_dry_run_lists_what_the_real_run_deletes_and_writes_nothing(may_delete
     assert dry.listed == planned
     summary = world.purge(*options, "--json").summary
     assert summary["deleted"] == {"expired": 17, "orphan": 3, "bytes": 17 * 21 + 166}
+    assert (summary["seen"]["objects"], summary["dangling"]) == (48, 0)
     assert world.box.live_keys() == sorted({*ALL} - {*EXPIRED, *ORPHANS})
     assert (summary["jobs_deleted"], len(world.box.job_ids())) == (22, 50 - 22)
 

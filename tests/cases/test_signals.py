@@ -3,10 +3,15 @@ test_undo, and at random moments in test_properties."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
+import struct
+import subprocess
+import termios
 import time
 from contextlib import ExitStack, suppress
-from subprocess import TimeoutExpired
+from subprocess import PIPE, TimeoutExpired
 
 import pytest
 from conftest import AS_OF, Held, ended, events, expire, until_gone
@@ -98,4 +103,50 @@ def test_it_is_heeded_while_s3_asks_to_slow_down(world, proxy):
     process.send_signal(signal.SIGTERM)
     result = ended(process, 30)  # the pause is 60 at least
     assert (result.code, result.summary["failed"]) == (143, 17), "tried, and S3 did not do it"
+    assert len(world.box.live_keys()) == 48
+
+
+def full_pipe() -> tuple[int, int]:
+    """Both ends of a pipe into which nothing more goes."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for size in 65536, 1:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(size))
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def waiting(pipe: int) -> int:
+    """Bytes in a pipe that nobody has read yet."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
+
+
+def test_it_is_heeded_while_nobody_reads_the_plan(world):
+    expire(world, 3000)  # lines of 180 kB; a pipe takes 64 kB
+    process = world.start(*AS_OF, "-n")
+    assert process.stdout
+    while waiting(process.stdout.fileno()) < 60_000 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(25) == 143, "10 seconds, and time to end on a slow machine"
+    result = ended(process)
+    assert (result.out.count("\n") < 3000, "SIGTERM" in result.error) == (True, True)
+
+
+def test_it_is_heeded_while_nobody_reads_the_log(world, proxy, tmp_path):
+    """The first line of the log does not fit any more. Nothing is asked of S3 before it is told."""
+    path, (reader, writer) = tmp_path / "log", full_pipe()
+    command = world.command(*AS_OF, "--json", "--audit-log", str(path))
+    with subprocess.Popen(command, env=world.environment(), stdout=PIPE, stderr=writer) as process:
+        while not (path.exists() and proxy.count("versioning")) and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(1)  # in which it comes to its first line
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(25) == 130
+    os.close(reader)
+    os.close(writer)
+    assert (proxy.count("list"), events(path)[-1]["exit_code"]) == (0, 130)
     assert len(world.box.live_keys()) == 48

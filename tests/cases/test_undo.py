@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
-import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from subprocess import DEVNULL, Popen
 
 import pytest
-from conftest import AS_OF, EVERYTHING, Held, World, events, expire, version
-from proxies import DROP, Answer
+from conftest import AS_OF, EVERYTHING, OLD, Held, World, ended, events, expire, version
+from proxies import DROP, Answer, Request
 from sandbox import BUCKET, seed
 from test_seed import EXPIRED, ORPHANS
 
@@ -61,8 +63,8 @@ def test_it_brings_back_exactly_what_the_log_records_and_says_what_comes_next(wo
     assert (markers(world), path.read_bytes()) == (21, log)
 
     undone = world.purge(*options)
-    assert (undone.code, "deleted" in undone.out.replace("deletes", "")) == (0, False)
-    assert "restored                17 expired, 3 orphan, 420 bytes" in undone.out
+    assert (undone.code, "\ndeleted" in undone.out) == (0, False)
+    assert "restored                expired 17, orphan 3, bytes 420" in undone.out
     assert "The next purge deletes these keys again" in undone.out
     assert world.box.live_keys() == [key for key in before if key != "incoming_000001"]
     assert markers(world) == 1
@@ -78,32 +80,53 @@ def test_it_brings_back_exactly_what_the_log_records_and_says_what_comes_next(wo
     assert told == (0, 0, 20, 0)
 
 
-@pytest.mark.parametrize("code", [0, 1], ids=["look-up", "no look-up"])
-def test_a_lost_answer_stacks_no_marker_and_is_undone(world, proxy, path, code):
-    before, lost = world.box.live_keys(), [DROP]
-    proxy.before = lambda asked: Answer(403) if code and "versions" in asked.query else None
-    proxy.after = lambda asked, kept: lost.pop() if asked.operation == "delete" and lost else kept
-    assert world.purge(*AS_OF, "--audit-log", str(path)).code == code
-    assert (len(world.box.live_keys()), markers(world)) == (31, 17)
-    del world.settings["AWS_ENDPOINT_URL_S3"]  # the proxy
-    assert world.purge("--undo", str(path)).code == 0
-    assert (world.box.live_keys(), markers(world)) == (before, 0)
+@pytest.mark.parametrize("status", [DROP.status, 408, 429, 503, 520, 524])
+def test_a_deed_whose_answer_is_lost_stacks_no_marker_and_is_undone(world, proxy, path, status):
+    """The connection breaks, or a gateway answers in words of its own."""
+    gateway = Answer(status, b"<html>upstream error</html>" if status else b"")
+    before, lost = world.box.live_keys(), [gateway]
+
+    def after(request: Request, answer: Answer) -> Answer:
+        return lost.pop() if request.operation == "delete" and lost else answer
+
+    proxy.after = after
+    summary = world.purge(*AS_OF, "--audit-log", str(path), "--json").summary
+    told = [summary[name] for name in ("exit_code", "failed", "retained", "not_attempted")]
+    assert (told, len(world.box.live_keys()), markers(world)) == ([4, 17, 0, 0], 31, 17)
+    again = world.purge(*AS_OF, "--audit-log", str(path), "--json").summary
+    assert (again["exit_code"], again["missing"], markers(world)) == (0, 17, 17)
+    undone = world.purge("--undo", str(path), "--run-id", summary["run_id"])
+    assert (undone.code, world.box.live_keys(), markers(world)) == (0, before, 0)
 
 
-def test_after_a_crash_it_brings_back_all(world, proxy, path):
+@pytest.mark.parametrize(("batch", "intents"), [(30, 30), (90, 90)], ids=["some", "all"])
+def test_after_a_crash_it_brings_back_all_and_names_the_time_to_run_again(
+    world, proxy, path, batch, intents
+):
     """After kill -9, while S3 carries out what nobody waits for any more."""
     keys, held = expire(world, 90), Held(proxy, "delete")
     version(world)
-    run = world.start(*AS_OF, "--workers", "1", "--audit-log", str(path), patch="rp.BATCH = 30")
+    patch = f"rp.BATCH = {batch}"
+    run = world.start(*AS_OF, "--workers", "1", "--audit-log", str(path), patch=patch)
     held.wait()
     run.kill()
+    run.wait()
     held.release()
-    while markers(world) < 30:
-        time.sleep(0.1)
-    undone = world.purge("--undo", str(path), "--json").summary
-    assert (world.box.live_keys(), markers(world)) == (keys, 0)
-    assert undone["restored"]["expired"] + undone["missing"] == len(events(path, "delete"))
-    assert (undone["retained"], undone["failed"]) == (0, 0)
+    proxy.settle()
+    last = datetime.fromisoformat(events(path)[-1]["time"])
+    assert (markers(world), len(events(path, "delete"))) == (intents, intents)
+    result = world.purge("--undo", str(path), "--json")
+    told = [result.summary[name] for name in ("exit_code", "retained", "failed")]
+    assert (told, world.box.live_keys(), markers(world)) == ([4, 0, 0], keys, 0)
+    assert result.summary["restored"]["expired"] == intents
+    again = (last + timedelta(minutes=5)).isoformat(timespec="seconds")
+    assert f"run the undo again after {again}" in result.err
+    assert (f"it planned 90 objects, and tried {intents}" in result.err) == (intents < 90)
+    assert ("tried" in result.err) == (intents < 90)
+
+    rewritten(world, path, "", hours=1)
+    later = world.purge("--undo", str(path), "--json")
+    assert (later.code, later.summary["missing"], "after" in later.err) == (0, intents, False)
 
 
 @pytest.mark.parametrize("cut", [1, 40])
@@ -113,7 +136,7 @@ def test_it_works_from_a_log_whose_last_line_is_cut(world, path, cut):
     # The next run appends to such a log, and it is still good for an undo.
     assert world.purge(*AS_OF, "--audit-log", str(path)).code == 0
     result = world.purge("--undo", str(path), "--json", "--run-id", run_id)
-    assert result.summary["restored"]["expired"] == 17
+    assert (result.code, result.summary["restored"]["expired"]) == (4, 17), "it has no end"
     assert (len(world.box.live_keys()), "is cut" in result.err) == (48, cut > 1)
 
 
@@ -175,7 +198,7 @@ def test_a_version_that_the_run_did_not_surely_set_stays_and_is_counted(world, p
     before = [versions(world, KEY, kind) for kind in ("Versions", "DeleteMarkers")]
     result = world.purge("--undo", str(path), "--json")
     told = result.code, result.summary["retained"], result.summary["restored"]["expired"]
-    assert told == (0, 1, 16)
+    assert told == (4, 1, 16)
     assert re.search(rf"1 keys retained: .* \({KEY}\)", result.err)
     assert [versions(world, KEY, kind) for kind in ("Versions", "DeleteMarkers")] == before
 
@@ -197,19 +220,85 @@ def test_several_runs_in_one_log_are_refused_with_their_list_and_run_id_picks_on
     assert markers(world) == 3
 
 
-NO_LOGS = {
-    None: "Cannot read the audit log",
-    "x\n": "not of an audit log",
-    "[1]\n": "not of an audit log",
+HEAD = {"event": "start", "run_id": "1", "time": f"{OLD}+00:00", "bucket": BUCKET}
+INTENT = {"event": "delete", "run_id": "1", "time": HEAD["time"], "key": KEY, "size": 1}
+# The lines of a file; which one is not ours.
+NO_LOGS: dict[str, tuple[list[object], int]] = {
+    "text": (["x"], 1),
+    "list": ([[1]], 1),
+    "garbled start": ([json.dumps(HEAD)[:40], INTENT], 1),
+    "no start": ([json.dumps(HEAD)[40:], INTENT], 1),
+    "number as key": ([HEAD, INTENT | {"key": 5}], 2),
+    "no key": ([HEAD, {name: text for name, text in INTENT.items() if name != "key"}], 2),
+    "text as number": ([HEAD, INTENT | {"size": "1"}], 2),
+    "huge number": ([HEAD, INTENT | {"size": 10**30}], 2),
+    "surrogate": ([HEAD, INTENT | {"key": "\ud800"}], 2),
+    "no run": ([HEAD, INTENT | {"run_id": None}], 2),
+    "number as run": ([HEAD, INTENT | {"run_id": 1}], 2),
+    "no zone": ([HEAD, INTENT | {"time": OLD}], 2),
+    "no time": ([HEAD, INTENT | {"time": "today"}], 2),
+    "text in a plan": ([HEAD, INTENT, HEAD | {"event": "plan", "planned": {"expired": "1"}}], 3),
+    "endless lead": ([HEAD, INTENT, HEAD | {"event": "plan", "s3_lead_seconds": 1e999}], 3),
 }
 
 
-@pytest.mark.parametrize("text", NO_LOGS)
-def test_a_file_that_is_no_log_is_refused(world, path, text):
-    if text is not None:
-        path.write_text(text)
+@pytest.mark.parametrize("case", NO_LOGS)
+def test_a_file_that_is_no_log_is_refused_in_a_line_and_nothing_is_restored(world, path, case):
+    lines, number = NO_LOGS[case]
+    path.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
+    world.box.s3().delete_object(Bucket=BUCKET, Key=KEY)
     result = world.purge("--undo", str(path))
-    assert (result.code, NO_LOGS[text] in result.error) == (3 if text else 2, True)
+    assert (result.code, markers(world)) == (3, 1), result.err
+    assert f"line {number}" in result.err
+
+
+def test_no_log_is_a_mistake_in_the_command(world, path):
+    result = world.purge("--undo", str(path))
+    assert (result.code, "Cannot read the audit log" in result.error) == (2, True)
+
+
+def test_a_log_in_use_is_refused_with_75_and_gets_no_line(world, proxy, path):
+    """By an undo, or by a purge that has another lock. The same log takes what an undo did."""
+    held = Held(proxy, "delete")
+    run = world.start(*AS_OF, "--audit-log", str(path))
+    held.wait()
+    log, direct = path.read_bytes(), {"AWS_ENDPOINT_URL_S3": world.box.s3_url}
+    for options in (["--undo", str(path)], ["--undo", str(path), "-n"], ["--prefix", "in/"]):
+        more = [] if "-n" in options else ["--audit-log", str(path)]
+        result = world.purge(*options, *more, **direct)
+        assert (result.code, path.read_bytes() == log) == (75, True), result.err
+        assert f"uses the audit log {path}" in result.error
+    assert world.purge("--undo", str(path), **direct).code == 75
+    held.release()
+    assert ended(run).code == 0
+    assert world.purge("--undo", str(path), "--audit-log", str(path)).code == 0
+    assert (len(world.box.live_keys()), markers(world)) == (48, 0)
+
+
+def test_a_terminal_shows_progress_before_the_first_answer(world, proxy, path):
+    purged(world, path)
+    held, (ours, theirs) = Held(proxy, "other"), pty.openpty()
+    command, settings = world.command("--undo", str(path)), world.environment()
+    run = Popen(command, env=settings, stdin=DEVNULL, stdout=DEVNULL, stderr=theirs)
+    world.processes.append(run)
+    os.close(theirs)
+    held.wait()
+    said = b""
+    while b"looking for delete markers" not in said:
+        said += os.read(ours, 1000)
+    held.release()
+    assert run.wait(60) == 0
+    os.close(ours)
+
+
+def test_a_key_that_no_request_can_spell_is_kept_and_no_marker_is_set(world, path):
+    world.box.load([("1", OLD, "TRIAL", "a\x01b"), ("2", OLD, "TRIAL", "c")], [])
+    version(world)
+    for key in ("a\x01b", "c"):
+        world.box.put(key)
+    result = world.purge(*AS_OF, "--audit-log", str(path), "--json")
+    assert (result.code, result.summary["doubtful"], markers(world)) == (0, 1, 1)
+    assert (world.purge("--undo", str(path)).code, markers(world)) == (0, 0)
 
 
 def test_the_log_of_another_bucket_is_refused_and_no_database_is_needed(world, path):
@@ -223,11 +312,12 @@ def test_the_log_of_another_bucket_is_refused_and_no_database_is_needed(world, p
     assert (world.purge("--undo", str(path), **unset).code, markers(world)) == (0, 0)
 
 
-def test_a_refused_undo_leaves_the_manifest_and_takes_no_log_for_one(world, path, tmp_path):
+@pytest.mark.parametrize("dry", [[], ["-n"]], ids=["real", "dry"])
+def test_a_refused_undo_leaves_the_manifest(world, path, tmp_path, dry):
     world.box.load(*seed())  # a bucket that is not versioned
     manifest = tmp_path / "plan.csv"
     purged(world, path, "--manifest", str(manifest))
-    for target, code in {str(manifest): 3, str(path): 2, "m" * 300: 2}.items():
-        result = world.purge("--undo", str(path), "-n", "--manifest", target)
-        assert (result.code, "is not versioned" in result.error) == (code, code == 3)
-    assert (manifest.exists(), path.exists()) == (True, True)
+    result = world.purge("--undo", str(path), *dry, RETENTION_PURGE_MANIFEST=str(manifest))
+    assert (result.code, "is not versioned" in result.error) == (3, True)
+    assert manifest.exists()
+    assert world.purge("--undo", str(path), "--manifest", str(manifest)).code == 2

@@ -2,8 +2,8 @@
 
     python tests/world/sandbox.py COMMAND [ARGUMENT ...]
 
-starts both, loads the original system's 50 jobs and 48 objects, runs the command with the
-environment that leads it there, and stops everything. `--list`, inside, is what the bucket holds.
+starts both, fills them (see `fill`), runs the command with the environment that leads it there, and
+stops everything. `--list`, inside, is what the bucket holds.
 """
 
 import logging
@@ -263,6 +263,17 @@ def sandbox(kind: str = "mariadb") -> Iterator[Sandbox]:
 mysql_sandbox = partial(sandbox, "mysql")
 
 
+def fill(box: Sandbox) -> None:
+    """The seed, with an OFFICIAL job more for the object of an expired one, in a versioned bucket.
+    The objects are of the last months of 2018."""
+    jobs, objects = seed()
+    box.load([*jobs, ("upgraded", "2019-05-20 09:00:00", "OFFICIAL", "incoming_000012")], [])
+    box.s3().put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+    for number, (key, size) in enumerate(objects):
+        day = datetime(2018, 10, 1, 9, tzinfo=UTC) + timedelta(days=2 * number)
+        box.put(key, size, datetime.now(UTC) - day)
+
+
 def main() -> int:
     if sys.argv[1:] == ["--list"]:
         objects = boto3.client("s3").list_objects_v2(Bucket=BUCKET).get("Contents", [])
@@ -273,7 +284,7 @@ def main() -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
     with sandbox() as box:
-        box.load(*seed())
+        fill(box)
         return subprocess.run(sys.argv[1:], env=box.environment, check=False).returncode
 
 
