@@ -353,7 +353,7 @@ class Wire:
 
     def __init__(self, session: boto3.Session, bucket: str, workers: int, count: Any) -> None:
         self.bucket, self._count, self._own = bucket, count, threading.local()
-        name = re.escape(bucket.rpartition("/")[2])  # in the path, or before the host's own name
+        name = re.escape(re.split("[/:]", bucket)[-1])  # in the path, or before the host's name
         self._here = re.compile(rf"/{name}\?delete$|(^|/){name}(-\d{{12}})?\.[^/]*/\?delete$")
         self.reader = self._watch(session.client("s3", config=s3_config(workers, LIST_TIMEOUT)))
         self._writer = self._watch(session.client("s3", config=s3_config(workers, DELETE_TIMEOUT)))
@@ -435,6 +435,7 @@ class Gate:
         self.source = self._source = f"FROM `{schema}`.`{name}`"
         moment = self._terms.cutoff.replace(tzinfo=None).isoformat(" ", "microseconds")
         in_time = f"`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}'"
+        in_time += " AND TO_DAYS(`completedAt`)"  # NULL for a DATETIME such as 2019-00-10
         is_trial = f"{TEXT_BYTES.format('`type`')} = 'TRIAL'"
         # "This job is expired", 0 or 1. NULL makes the AND NULL, and IS TRUE makes that 0.
         self.expired = self._expired = f"(({in_time} AND {is_trial}) IS TRUE)"
@@ -969,8 +970,11 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # its first row.
 CONNECT_TIMEOUT, PLAN_TIMEOUT, RECHECK_TIMEOUT = 10, 3600, 40
 # Job rows that are read at a time, and that are deleted in one transaction.
-ROWS, ROWS_A_COMMIT = 5000, 200
-LOCKED_ROWS, DEADLOCK = "1205", "1213"
+ROWS, ROWS_A_COMMIT = 1000, 200
+# Errors after which job rows stay for the next run: a deadlock, a lock that another transaction
+# holds, a foreign key, a trigger's SIGNAL (MySQL manual, "Error Message Reference").
+DEADLOCK = "1213"
+ROWS_STAY = {DEADLOCK, "1205", "1451", "1644"}
 # MySQL's error codes (MySQL manual, "Error Message Reference") and what to do.
 DATABASE_ADVICE = {
     1044: "Check --db-name, and grant SELECT on the table",
@@ -1894,6 +1898,20 @@ def refused_whole(verdicts: Iterable[Verdict], bucket: str, right: str) -> Purge
     return None
 
 
+def rounds_of(plan: Iterable[Candidate], most: int, times: int = 1) -> Iterator[list[Candidate]]:
+    """Cut the plan into lists of at most `most` keys, whose names may stand so many times in SQL:
+    in hexadecimal digits, with what stands around them."""
+    items, size = list[Candidate](), 0
+    for item in plan:
+        items.append(item)
+        size += times * (2 * len(item.key.encode()) + 70)
+        if len(items) >= most or size > ROUND_BYTES:
+            yield items
+            items, size = [], 0
+    if items:
+        yield items
+
+
 class Rounds:
     """Carries out a plan, round by round: the gate is asked, intents go to disk, requests leave,
     answers are accounted for; the same again with what may be tried again; then job rows go. This
@@ -1934,19 +1952,9 @@ class Rounds:
             yield from items
 
     def _cut(self, plan: Iterable[Candidate]) -> Iterator[list[Candidate]]:
-        """Cut the plan where the SQL, the memory or the age of a re-check would grow too large."""
         most = self._workers * BATCH if self._jobs.indexed else ROUND_KEYS
         most = min(most, self._pace.rate * ROUND_SECONDS or most)
-        # In hexadecimal digits, with what stands around them; where rows are read, twice.
-        times, items, size = 1 + self._gate.terms.rows, list[Candidate](), 0
-        for item in plan:
-            items.append(item)
-            size += times * (2 * len(item.key.encode()) + 70)
-            if len(items) >= most or size > ROUND_BYTES:
-                yield items
-                items, size = [], 0
-        if items:
-            yield items
+        return rounds_of(plan, most, 1 + self._gate.terms.rows)
 
     def _round(self, items: list[Candidate]) -> None:
         # Keys of the round without an end yet; keys whose object was deleted in it.
@@ -2106,26 +2114,28 @@ class Rounds:
             more = len(rows) == ROWS and report.jobs_deleted > before
 
     def _commit(self, rows: list[Row]) -> int:
-        """Delete some rows. A deadlock is tried again; rows that another transaction holds are left
-        for the next run. Raises PurgeError for any other failure."""
-        for tries in range(ATTEMPTS):
+        """Delete some rows. A deadlock is tried again. Rows that another transaction holds, or that
+        a foreign key or a trigger protects, stay for the next run. Raises PurgeError for any other
+        failure."""
+        why = ""
+        for _ in range(ATTEMPTS):
             try:
                 count, self._locked = self._gate.delete_rows(rows), 0
                 return count
             except PurgeError as error:
-                if error.code not in (LOCKED_ROWS, DEADLOCK):
+                if error.code not in ROWS_STAY:
                     raise
-                if error.code == LOCKED_ROWS or tries == ATTEMPTS - 1:
+                why = error.message
+                if error.code != DEADLOCK:
                     break
         self._locked, self._ledger.report.incomplete = self._locked + 1, True
-        text = "%d job rows stay for the next run: another transaction holds some of them"
-        log.error(text, len(rows))
+        log.error("%d job rows stay for the next run: %s", len(rows), why)
         return 0
 
 
 # --- Undo, of objects and of rows -----------------------------------------------------------------
 
-RESTORED_AT_ONCE = 100  # keys in one request of an undo; the versions of each are listed before
+RESTORED_AT_ONCE = 10  # keys in one request of an undo; the versions of each are listed before
 INSERTED_AT_ONCE = 100  # rows in one INSERT
 # After the last line of a run that has no end, S3 may still be carrying out its last requests.
 STILL_AT_WORK = timedelta(minutes=5)
@@ -2180,9 +2190,17 @@ def fits(event: Any) -> bool:
         json.dumps(known, ensure_ascii=False, allow_nan=False).encode()  # lone surrogates, NaN
         typed = all(isinstance(fact, LOG_FIELDS[name]) for name, fact in known.items())
         typed = typed and all(isinstance(n, int) for n in known.get("planned", {}).values())
+        typed = typed and all(map(is_logged, known.get("row", {}).values()))
         zoned = datetime.fromisoformat(known["time"]).tzinfo is not None
         return needed <= {*known} and typed and zoned and abs(known.get("size", 0)) < 2**63
     return False
+
+
+def is_logged(value: Any) -> bool:
+    """Whether this can be the value of a column, as `logged` makes it."""
+    if isinstance(value, dict):
+        return {*value} == {"hex"} and bool(re.fullmatch("([0-9a-f]{2})*", value["hex"]))
+    return value is None or isinstance(value, str | int | float)
 
 
 class Log:
@@ -2262,43 +2280,54 @@ def choose_run(runs: dict[str, int], since: dict[str, str], run_id: str | None, 
     return run_id or next(iter(found))
 
 
-def plan_undo(intents: Iterable[Intent], bucket: Bucket, totals: Totals, ledger: Ledger) -> Plan:
-    """Yield the delete markers to remove: each hides its key, is the run's, and has a version
-    below. Anything else is left alone, and counted."""
+def looked_up(intents: Iterable[Intent], bucket: Bucket) -> Iterator[tuple[Intent, list[Version]]]:
+    """Yield each intent with the versions of its key."""
     for chunk in chunks(intents, PAGE):
         found = bucket.each(bucket.versions, [intent.item.key for intent in chunk])
-        for (item, since, until, marker), versions in zip(chunk, found, strict=True):
-            latest, below = (*versions, None, None)[:2]
-            why = ""
-            if latest is not None and not latest.is_marker:
-                totals.missing += 1
-                continue
-            if latest is None or below is None or below.is_marker:
-                why = "no version lies right below a delete marker"
-            elif latest.version_id == "null":
-                why = "versioning was suspended: an object may take its place"
-            elif latest.version_id != marker and (marker or not latest.hides(since, until)):
-                why = "somebody else's delete marker hides it"
-            if why or latest is None:
-                ledger.account([("retained", item, {"message": why})])
-                continue
-            totals.planned.add(item)
-            yield item._replace(version_id=latest.version_id)
+        yield from zip(chunk, found, strict=True)
+
+
+def plan_undo(
+    found: Iterable[tuple[Intent, list[Version]]], totals: Totals, ledger: Ledger
+) -> Plan:
+    """Yield the delete markers to remove: each hides its key, is the run's, and has a version
+    below. Anything else is left alone, and counted."""
+    for (item, since, until, marker), versions in found:
+        latest, below = (*versions, None, None)[:2]
+        why = ""
+        if latest is not None and not latest.is_marker:
+            totals.missing += 1
+            continue
+        if latest is None or below is None or below.is_marker:
+            why = "no version lies right below a delete marker"
+        elif latest.version_id == "null":
+            why = "versioning was suspended: an object may take its place"
+        elif latest.version_id != marker and (marker or not latest.hides(since, until)):
+            why = "somebody else's delete marker hides it"
+        if why or latest is None:
+            ledger.account([("retained", item, {"message": why})])
+            continue
+        totals.planned.add(item)
+        yield item._replace(version_id=latest.version_id)
 
 
 def restore(plan: Spool[Candidate], wire: Wire, ledger: Ledger, stop: Stop, limits: Limits) -> Plan:
     """Remove the delete markers of the plan. Yield each one once it is accounted for. After a stop
     signal or an error no request leaves any more; those in flight are accounted for first."""
-    pace, errors = Pace(limits.rate), list[Exception]()
+    pace, errors, count = Pace(limits.rate), list[Exception](), ledger.report.count_list
 
     def requests() -> Iterator[Any]:
         for items in chunks(plan, min(RESTORED_AT_ONCE, limits.rate or RESTORED_AT_ONCE)):
             if stop.received or errors:
                 return
             time.sleep(pace.delay)
-            ledger.intend(items)
+            try:
+                ledger.intend(items)
+            except PurgeError as error:  # what is in flight is accounted for first
+                errors.append(error)
+                return
             pace.sent(len(items))
-            yield ((some, restore_some(some, wire, errors)) for some in [items])
+            yield ((some, restore_some(some, wire, errors, stop, count)) for some in [items])
 
     for items, verdicts in ahead(requests(), limits.workers):
         ledger.account([*map(end_of_restore, items, verdicts)])
@@ -2310,28 +2339,35 @@ def restore(plan: Spool[Candidate], wire: Wire, ledger: Ledger, stop: Stop, limi
 
 
 def restore_some(
-    items: list[Candidate], wire: Wire, errors: list[Exception]
+    items: list[Candidate], wire: Wire, errors: list[Exception], stop: Stop, count: Any
 ) -> Collection[Verdict]:
     """In a thread of its own: remove some markers, with more tries where S3 is busy. What ends it
-    early is put into `errors`."""
+    early is put into `errors`. `count` is called for each listing."""
     verdicts = dict.fromkeys(items, NOT_SENT)
-    try:
-        for _ in range(ATTEMPTS):
-            left = [item for item, verdict in verdicts.items() if verdict.code in BUSY]
-            markers = [(item.key, str(item.version_id)) for item in left]
-            verdicts |= zip(left, wire.restore(markers) if markers else [], strict=True)
-        refused = refused_whole(verdicts.values(), wire.bucket, "s3:DeleteObjectVersion")
-        errors += [refused] if refused else []
-    except Exception as error:  # the versions could not be listed, so nothing was sent
-        errors.append(error)
+    for tries in range(ATTEMPTS):
+        left = [item for item, verdict in verdicts.items() if verdict.code in BUSY]
+        if not left or stop.received or errors:
+            break
+        time.sleep(FIRST_PAUSE * tries)
+        for _ in left:
+            count()
+        try:
+            found = wire.restore([(item.key, str(item.version_id)) for item in left])
+            verdicts |= zip(left, found, strict=True)
+        except Exception as error:  # the versions could not be listed, so nothing was sent
+            code = getattr(error, "response", {}).get("Error", {}).get("Code", "NoAnswer")
+            final = is_certain(code) and code not in BUSY
+            if tries == ATTEMPTS - 1 or final or isinstance(error, PurgeError):
+                errors.append(error)
+    refused = refused_whole(verdicts.values(), wire.bucket, "s3:DeleteObjectVersion")
+    errors += [refused] if refused else []
     return verdicts.values()
 
 
 def end_of_restore(item: Candidate, verdict: Verdict) -> End:
     if not verdict.code:
         return "restored", item, {}
-    event = "retained" if verdict.code == "NotLatest" else "failed"
-    return event, item, {"code": verdict.code, "message": verdict.message}
+    return "failed", item, {"code": verdict.code, "message": verdict.message}
 
 
 def rows_sql(path: Path, run_id: str | None) -> Iterator[str]:
@@ -2396,27 +2432,42 @@ def explain(key: str, gate: Gate, jobs: JobTable, bucket: Bucket, wishes: Wishes
     rows = jobs.jobs_of(name, JOBS_SHOWN) if counts else []
     states = [state_of(kind, at, expired, wishes) for _, kind, at, expired in rows]
     reason = Reason.EXPIRED if counts else Reason.ORPHAN
-    why = gate.objection(Candidate(key, reason, 0, item.last_modified if item else ""), counts)
+    seen = item.last_modified if item else gate.terms.now.isoformat()
+    why = gate.objection(Candidate(key, reason, 0, seen), counts)
     if is_inside and item is None:
         verdict = "nothing to delete: the bucket has no such object"
     elif why:  # the jobs that keep the object come first
-        because = f"job {rows[0][0]} {states[0]}" if counts and why == IN_USE else why
-        verdict = f"kept: {'doubtful, because ' * (why == UNSPELT)}{because}"
-    elif counts:
-        which = "its only job" if counts.jobs == 1 else f"of its {counts.jobs} jobs the last"
-        verdict = f"would be deleted: {which} {states[0]}"
-    elif is_doubtful(name, jobs, bucket):
+        verdict = f"kept: {because(why, f'job {rows[0][0]} {states[0]}' if rows else '', wishes)}"
+    elif counts is None and is_doubtful(name, jobs, bucket):
         verdict = "kept: doubtful, because a job may mean it by another spelling of its name"
     else:
-        verdict = "would be deleted: no job refers to it, and its grace period is over"
+        verdict = f"would be deleted: {set_free_by(counts, states)}"
+    if wishes.rows and counts and counts.expired and why != UNSPELT:
+        verdict += f"; {counts.expired} rows of expired jobs would be deleted"
     facts = {"size": int(item.size), "last_modified": item.last_modified} if item else None
-    fields = ("job_id", "type", "completed_at", "state")
+    fields, more = ("job_id", "type", "completed_at", "state"), (counts or Counts(0, 0)).jobs
     told = [
         dict(zip(fields, (*row[:3], how), strict=True))
         for row, how in zip(rows, states, strict=True)
     ]
-    more = counts.jobs - len(told) if counts else 0
+    more -= len(told)
     return {"key": key, "object": facts, "jobs": told, "more_jobs": more, "verdict": verdict}
+
+
+def set_free_by(counts: Counts | None, states: list[str]) -> str:
+    if counts is None:
+        return "no job refers to it, and its grace period is over"
+    which = "its only job" if counts.jobs == 1 else f"of its {counts.jobs} jobs the last"
+    return f"{which} {states[0]}"
+
+
+def because(why: str, job: str, wishes: Wishes) -> str:
+    """Say the gate's objection in terms of the first job, or of the command line."""
+    if why == TOO_YOUNG and wishes.orphan_grace_days is None:
+        return "no job refers to it, and --orphans was not given"
+    if why == TOO_YOUNG:
+        return f"it is younger than the grace period of {wishes.orphan_grace_days} days"
+    return job if why == IN_USE and job else f"{'doubtful, because ' * (why == UNSPELT)}{why}"
 
 
 def state_of(kind: str | None, completed: str | None, expired: int, wishes: Wishes) -> str:
@@ -2425,16 +2476,23 @@ def state_of(kind: str | None, completed: str | None, expired: int, wishes: Wish
         return f"is {kind or 'of no type'}"
     if not completed or completed < FIRST_TIMESTAMP:
         return "is not completed"
-    end = datetime.fromisoformat(completed) + timedelta(days=wishes.retention_days)
-    return f"{'expired' if expired else 'will expire'} on {end.date()}"
+    state, days = "expired" if expired else "will expire", wishes.retention_days
+    try:
+        end = datetime.fromisoformat(completed) + timedelta(days=days)
+    except ValueError:  # a date with a zero in it
+        return "is not completed"
+    except OverflowError:
+        return f"{state} {days} days after {completed}"
+    return f"{state} on {end.date()}"
 
 
 def is_doubtful(name: str, jobs: JobTable, bucket: Bucket) -> bool:
     """Whether a job may mean this orphan by another spelling, whose own object is not there."""
     if not jobs.can_hold(name):
         return True
-    others = [utf8(raw) for raw, count, expired in jobs.references() if expired < count]
-    like = [other for other in others if other and folded(other) == folded(name)]
+    same, found = folded(name), jobs.references()
+    others = (utf8(raw) for raw, count, expired in found if expired < count)
+    like = [other for other in others if other and folded(other) == same]
     return any(bucket.find(bucket.prefix + other) is None for other in like)
 
 
@@ -2681,7 +2739,7 @@ def guarded_plan(
 
 def try_recheck(gate: Gate, plan: Iterable[Candidate]) -> None:
     """In a dry run: measure a re-check as a real run would make it, without an index."""
-    keys = [item.key for item in islice(plan, ROUND_KEYS)]
+    keys = [item.key for item in next(rounds_of(plan, ROUND_KEYS), [])]
     started = boot_seconds()
     gate.known([key.removeprefix(gate.terms.prefix) for key in keys])
     seconds = boot_seconds() - started
@@ -2749,8 +2807,9 @@ def undo(run: Setting, source: Path, run_id: str | None) -> None:
             last, has_end, planned = events.ending(chosen)
             if not has_end:
                 warn_of_killed(report, last, planned, count)
-            intents = over(events.intents(chosen, last), "looking for delete markers", count)
-            found = Spool(plan_undo(intents, bucket, totals, ledger))
+            pairs = looked_up(events.intents(chosen, last), bucket)
+            pairs = over(pairs, "looking for delete markers", count)
+            found = Spool(plan_undo(pairs, totals, ledger))
             report.plan(totals)
             show_plan(found, run.output)
         if not run.output.dry_run:
@@ -2971,7 +3030,7 @@ def undo_command(given: dict[str, Any], report: Report) -> str:
     places = {name: given[name] for name in ("bucket", "profile", "region") if given[name]}
     words = [word for name, value in places.items() for word in (flag(name), value)]
     words += ["--undo", str(given["audit_log"]), "--run-id", report.run_id]
-    return shlex.join([sys.argv[0], *words])
+    return shlex.join([sys.executable, sys.argv[0], *words])
 
 
 def check(fine: Any, message: str) -> None:
@@ -2989,7 +3048,7 @@ def check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
         check(os.environ[name].strip(), f"{name} is empty: give it a value, or unset it.")
         check_characters(name, os.environ[name])
     for name, value in given.items():
-        check_characters(flag(name), value if name != "explain" else "")
+        check_characters(flag(name), value)
     alone = [name for name in ALONE if given[name] is not None]
     check(len(alone) < 2, f"Give only one of {', '.join(map(flag, ALONE))}.")
     check(not given["run_id"] or {*alone} & {"undo", "undo_rows"}, "--run-id goes with --undo.")
@@ -3012,10 +3071,12 @@ def flag(name: str) -> str:
 
 
 def check_characters(name: str, value: Any) -> None:
-    """A control character has come in by accident: an editor's carriage return, for one."""
-    odd = [char for char in str(value) if ord(char) < 32 or ord(char) == 127]
-    fine = not isinstance(value, str | Path) or not odd
-    check(fine, f"{name} has a control character in it ({''.join(odd)!r}): remove it.")
+    """A control character has come in by accident: an editor's carriage return, for one. A key may
+    have them, but S3 has no key that is not UTF-8."""
+    text = str(value) if isinstance(value, str | Path) else ""
+    odd = [] if name == "--explain" else [c for c in text if ord(c) < 32 or ord(c) == 127]
+    check(not odd, f"{name} has a control character in it ({''.join(odd)!r}): remove it.")
+    check(text.isascii() or utf8(text.encode(errors="surrogateescape")), f"{name} is not UTF-8.")
 
 
 def check_files(given: dict[str, Any]) -> None:

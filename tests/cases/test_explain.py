@@ -33,7 +33,7 @@ JOBS = {
     ODD.removeprefix("in/"): [("TRIAL", OLD)],
     "caf\u00e9": [("OFFICIAL", OLD)],
 }
-EXPIRED, TOO_YOUNG = "expired on 2019-04-01", "kept: it is an orphan that is too young, or orphans"
+EXPIRED = "expired on 2019-04-01"
 # Key, further options, how the verdict begins, whether its object goes.
 VERDICTS = [
     ("in/gone", (), f"would be deleted: of its 3 jobs the last {EXPIRED}", True),
@@ -49,9 +49,9 @@ VERDICTS = [
     ("in/a\x01b", (), "kept: doubtful, because no request can spell its name", False),
     ("gone", (), "kept: it lies outside the prefix", False),
     ("in/", ORPHANS, "kept: it lies outside the prefix", False),
-    ("in/old", (), TOO_YOUNG, False),
+    ("in/old", (), "kept: no job refers to it, and --orphans was not given", False),
     ("in/old", ORPHANS, "would be deleted: no job refers to it", True),
-    ("in/new", ORPHANS, TOO_YOUNG, False),
+    ("in/new", ORPHANS, "kept: it is younger than the grace period of 7 days", False),
     (f"in/{'x' * 65}", ORPHANS, "kept: doubtful", False),
     ("in/Cafe%CC%81", ORPHANS, "kept: doubtful", False),
 ]

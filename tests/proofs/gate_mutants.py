@@ -650,7 +650,17 @@ def sabotage() -> tuple[str, bool]:
 
 FAST = ("-k", "not mariadb and not mysql and not read_alone and not outside and not stations")
 # Changes that change no decision, by a part of their text; why.
-KNOWN: dict[str, str] = {}
+KNOWN: dict[str, str] = {
+    ": 50 +1": "one version more is listed",
+    ": 50 -1": "one version less is listed",
+    "SQL 'max_sort_length": "the plan alone sorts, and checks the order",
+    "SQL 'sql_safe_updates": "the DELETE would fail",
+    "SQL 'sql_big_selects": "the question would fail",
+    "SQL 'wait_timeout": "the connection would be cut",
+    "SQL 'lock_wait_timeout": "waits longer, and decides nothing",
+    "SQL 'in_predicate": "slower",
+    'response_dict["status_code"] == 200': "botocore parses the answer, for nothing",
+}
 SQL = [  # in each text of the gate: a clause is dropped, or a comparison is another one
     (r" AND [^']*?('[^']*')?(?= AND |$|\"|\))", ""),
     (r" AND ", " OR "),

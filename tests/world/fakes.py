@@ -147,6 +147,7 @@ class Table:
         database.create_function("session_value", 1, self.session.get)
         database.create_function("IS_USED_LOCK", 1, lambda _: 7 if self.locked else None)
         database.create_function("CONNECTION_ID", 0, lambda: 7)
+        database.create_function("TO_DAYS", 1, lambda at: None if (at or "0")[0] == "0" else 1)
         try:
             cursor = database.execute(sql)
             rows = cursor.fetchall()
