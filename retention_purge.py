@@ -264,8 +264,6 @@ class Row(NamedTuple):
 # -> Gate.delete -> Wire._post (writes the body) -> _last_look (connected; same bytes; in time).
 
 MAX_RECHECK_AGE, WITNESSES = 30, 20  # seconds; names of remaining jobs that vouch for the table
-# The smallest TIMESTAMP (MySQL manual). The zero date `0000-00-00` sorts below: not completed.
-FIRST_TIMESTAMP = "1970-01-01 00:00:01"
 # No setting of the server may decide. With autocommit = 0 a re-check sees an old snapshot. The time
 # zone moves TIMESTAMP values, a row limit cuts answers, SQL modes change strings. MariaDB alone
 # reads M!: a system-versioned table must not answer with its past, and long IN lists stay fast.
@@ -434,13 +432,13 @@ class Gate:
         schema, _, name = table.replace("`", "``").rpartition(".")  # a schema may have dots
         self.source = self._source = f"FROM `{schema}`.`{name}`"
         moment = self._terms.cutoff.replace(tzinfo=None).isoformat(" ", "microseconds")
-        in_time = f"`completedAt` >= '{FIRST_TIMESTAMP}' AND `completedAt` < '{moment}'"
-        in_time += " AND TO_DAYS(`completedAt`)"  # NULL for a DATETIME such as 2019-00-10
+        # A date with a zero in it, such as 0000-00-00, is no completion. TO_DAYS makes it NULL.
+        in_time = f"TO_DAYS(`completedAt`) IS NOT NULL AND `completedAt` < '{moment}'"
         is_trial = f"{TEXT_BYTES.format('`type`')} = 'TRIAL'"
         # "This job is expired", 0 or 1. NULL makes the AND NULL, and IS TRUE makes that 0.
         self.expired = self._expired = f"(({in_time} AND {is_trial}) IS TRUE)"
         self.counts = self._counts = f"{NAME}, COUNT(*), COUNT({self._expired} OR NULL)"
-        self.columns = self._run(f"SHOW FULL COLUMNS {self._source}")
+        self.columns = self._run(f"SHOW FULL COLUMNS {self._source}", "read")
         collation = {row[0].lower(): row[2] for row in self.columns}.get("sourcedata") or ""
         if (charset := collation.split("_")[0]) not in CHARSETS:
             kinds = f"a text column in one of {', '.join(CHARSETS)}, not {charset or 'in none'}"
@@ -450,7 +448,7 @@ class Gate:
         self._literal = TEXT if charset == "utf8mb4" else cast
         self._granted = WeakKeyDictionary[Permit, tuple[tuple[str, ...], float]]()
 
-    def _run(self, sql: str, doing: str = "ask") -> list[tuple[Any, ...]]:
+    def _run(self, sql: str, doing: str = "re-check") -> list[tuple[Any, ...]]:
         return query(self._connection, f"Cannot {doing} {self.table}", sql)
 
     def among(self, names: Iterable[str]) -> str:
@@ -464,7 +462,7 @@ class Gate:
         self._run("ROLLBACK")  # an open transaction would answer from its snapshot
         references = f"SELECT {self._counts} {self._source} WHERE {self.among(names)} GROUP BY 1"
         sql = f"SELECT NULL, {self._witness}, {nonce} UNION ALL {references}"
-        rows = self._run(sql, "re-check references in")
+        rows = self._run(sql)
         found = {row[0]: Counts(*row[1:]) for row in rows if row[0] is not None}
         ours = [row[1:] for row in rows if row[0] is None] == [(1, nonce)]
         return ours, {name: found[raw] for raw, name in wanted.items() if raw in found}
@@ -2474,7 +2472,7 @@ def state_of(kind: str | None, completed: str | None, expired: int, wishes: Wish
     """Say whether a job is expired, or why not."""
     if kind != "TRIAL":
         return f"is {kind or 'of no type'}"
-    if not completed or completed < FIRST_TIMESTAMP:
+    if not completed:
         return "is not completed"
     state, days = "expired" if expired else "will expire", wishes.retention_days
     try:
@@ -2977,9 +2975,10 @@ class Command(click.Command):
     def make_context(self, *given: Any, **more: Any) -> click.Context:
         try:
             return super().make_context(*given, **more)
-        except click.UsageError as error:
-            error.ctx = None  # with it, click prints its own two lines before
-            raise
+        except click.UsageError as error:  # click itself would print two lines before
+            variable = VARIABLES + str(getattr(getattr(error, "param", None), "name", "")).upper()
+            hint = f" Look at {variable}." if variable in os.environ else ""
+            raise PurgeError(error.format_message() + hint, USAGE) from None
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -130,7 +130,7 @@ def test_all_columns_of_a_row_are_on_record_exactly_and_bring_it_back(world, tmp
 
 KEYS = {  # types of jobId, keys of the table, why these rows cannot be deleted
     "integer": ("int AUTO_INCREMENT", "PRIMARY KEY (jobId)", ""),
-    "large": ("bigint unsigned", "UNIQUE (jobId), KEY (type)", ""),
+    "large": ("bigint unsigned NOT NULL", "UNIQUE (jobId), KEY (type)", ""),
     "text": ("char(36) CHARSET ascii NOT NULL", "UNIQUE (jobId)", ""),
     "nullable": ("varchar(64)", "UNIQUE (jobId)", "is not unique"),  # of NULLs there may be many
     "no key": ("varchar(64)", "KEY (jobId)", "is not unique"),

@@ -507,9 +507,9 @@ def lying_versions(rp: Any, old: Any, response_dict: Any, **more: Any) -> None:
     old(response_dict=response_dict, **more)
 
 
-def all_versions(rp: Any, old: Any, intents: Any, bucket: Any, totals: Any, ledger: Any) -> Any:
-    for intent in intents:
-        for version in bucket.versions(intent.item.key):
+def all_versions(rp: Any, old: Any, found: Any, totals: Any, ledger: Any) -> Any:
+    for intent, versions in found:
+        for version in versions:
             yield intent.item._replace(version_id=version.version_id)
 
 

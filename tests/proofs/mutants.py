@@ -111,8 +111,9 @@ def reason(change: Callable[[Any], Any]) -> Patch:
 def undone(**change: Any) -> Patch:
     """Know something else of each key that a run meant to delete."""
 
-    def plan(original: Any, intents: Any, *more: Any) -> Any:
-        return original((intent._replace(**change) for intent in intents), *more)
+    def plan(original: Any, found: Any, *more: Any) -> Any:
+        pairs = ((intent._replace(**change), versions) for intent, versions in found)
+        return original(pairs, *more)
 
     return function("plan_undo", plan)
 
@@ -153,7 +154,7 @@ def ends_at_same_token(original: Any, bucket: Any, *args: Any, **named: Any) -> 
 MUTANTS: list[tuple[str, str, Patch, str, str]] = [
     ("nothing", "must survive", constants(), "job_rows", "go_when_asked"),
     ("expired", "a job at the cutoff is expired", sql("`completedAt` < '", "`completedAt` <= '"), "database", "surely_expired"),
-    ("expired", "zero dates are expired", constants(FIRST_TIMESTAMP=lambda _: "0000-00-00 00:00:00"), "database", "surely_expired"),
+    ("expired", "zero dates are expired", sql(r"TO_DAYS\(`completedAt`\) IS NOT NULL", "TRUE"), "database", "surely_expired"),
     ("expired", "the type is compared by collation", sql(r"CAST\(CONVERT\(`type` USING utf8mb4\) AS BINARY\)", "`type`"), "database", "surely_expired"),
     ("expired", "what is NULL is expired", sql("IS TRUE", "IS NOT FALSE"), "database", "surely_expired"),
     ("expired", "the server's time zone moves the cutoff", sql(r"\btime_zone = '[^']*'", "time_zone = @@time_zone"), "database", "time_zone"),
@@ -220,11 +221,11 @@ MUTANTS: list[tuple[str, str, Patch, str, str]] = [
     ("7", "certificate and host name are not verified", function("pymysql.connect", lambda original, **named: original(**named | {"ssl_verify_identity": False})), "database", "another_ca or another_host"),
     ("7", "TLS is left to the server", function("pymysql.connect", lambda original, **named: original(**{key: value for key, value in named.items() if not key.startswith("ssl")})), "database", "without_tls"),
     ("7", "a password goes anywhere", function("tls_settings", lambda original, login: original(login._replace(host="localhost"))), "database", "loopback_only"),
-    ("8 undo", "it knows answers alone", function("plan_undo", lambda original, intents, *more: original((each for each in intents if each.marker), *more)), "undo", "crash"),
+    ("8 undo", "it knows answers alone", function("plan_undo", lambda original, found, *more: original((pair for pair in found if pair[0].marker), *more)), "undo", "crash"),
     ("8 undo", "it takes somebody else's marker", undone(since=EARLY, until=LATE, marker=None), "undo", "somebody_else"),
     ("8 undo", "it takes an older marker", undone(since=EARLY), "undo", "older_than"),
     ("8 undo", "it takes a later marker", undone(until=LATE), "undo", "long_after"),
-    ("8 undo", "it takes one though S3 refused", function("plan_undo", lambda original, intents, *more: original((each._replace(marker=None if each.marker in ("failed", "retained") else each.marker) for each in intents), *more)), "undo", "refused or kept"),
+    ("8 undo", "it takes one though S3 refused", function("plan_undo", lambda original, found, *more: original(((each._replace(marker=None if each.marker in ("failed", "retained") else each.marker), versions) for each, versions in found), *more)), "undo", "refused or kept"),
     ("8 undo", "it needs no version below", function("Bucket.versions", lambda original, *args: [each for found in original(*args) for each in (found, found._replace(is_marker=False))]), "undo", "without_a_version_below"),
     ("8 undo", "it takes the first of several runs", function("choose_run", lambda original, runs, since, run_id, what: original(runs, since, run_id or next(iter(runs)), what)), "undo", "several_runs"),
     ("8 undo", "it takes the log of another bucket", function("Log.choose", lambda original, log, run_id, _: original(log, run_id, "another")), "undo", "another_bucket"),
