@@ -10,6 +10,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import Any
 
+import forks
 from sandbox import Sandbox
 
 SCRIPT = Path(__file__).resolve().parents[2] / "retention_purge.py"
@@ -95,8 +96,13 @@ class World:
         self.processes.append(process)
         return process
 
-    def purge(self, *arguments: str, **settings: Any) -> Result:
-        return ended(self.start(*arguments, **settings))
+    def purge(self, *arguments: str, patch: str = "", **settings: Any) -> Result:
+        """Start a run and wait for it. It is forked, unless Python itself must start otherwise."""
+        if {"LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING"} & {*settings, *self.settings}:
+            return ended(self.start(*arguments, patch=patch, **settings))
+        patch = f"{self.patch}\n{patch}".strip()
+        code = CHANGED.format(folder=str(SCRIPT.parent), patch=patch) if patch else ""
+        return Result(*forks.run([*arguments], self.environment(**settings), code))
 
     def stop(self) -> None:
         for process in self.processes:
