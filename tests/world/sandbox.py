@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 MYSQL = HERE.parent.parent / ".mysql"
 REGION, BUCKET = "eu-west-1", "incoming-data"
 DATABASE, TABLE = "ndvr", "ndvr_job_status"
-USER, PASSWORD = "dataops", "s3cret-passw0rd"  # where no token can be checked
+USER, PASSWORD = "dataops", "s3cret-passw0rd"
 KEYS = "AKIASANDBOX", "s3cret-of-the-sandbox"  # of AWS
 COLUMNS = """(
     jobId varchar(64) PRIMARY KEY, completedAt timestamp NULL, type varchar(12),
@@ -56,7 +56,8 @@ class Server:
     def admin(self, **options: Any) -> pymysql.Connection:
         limit = "max_statement_time" if self.kind == "mariadb" else "max_execution_time"
         own = f"SET {limit} = 0, wait_timeout = 28800"  # the server's may be short
-        options = {"init_command": own, "autocommit": True} | options
+        # TLS would read all certificates of the machine for each connection.
+        options = {"init_command": own, "autocommit": True, "ssl_disabled": True} | options
         return pymysql.connect(unix_socket=str(self.home / "socket"), user="root", **options)
 
     @property
@@ -150,13 +151,15 @@ class Certificates:
 
 @dataclass
 class Sandbox:
-    """Both servers, running. `password` is that of the purge's user, None if it has tokens."""
+    """Both servers, running. The purge logs in with `password`; None: with a token. `tokens` says
+    whether the server takes tokens, too: it checks each in a process of its own, which is slow."""
 
     home: Path
     database: Server
     certificates: Certificates
     s3_url: str
     password: str | None
+    tokens: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
@@ -229,9 +232,9 @@ def seed() -> tuple[list[Job], list[Object]]:
 
 @contextmanager
 def sandbox(kind: str = "mariadb") -> Iterator[Sandbox]:
-    """Start everything; stop and remove everything, whatever happens. The purge's user logs in with
-    a token, which the server has checked by PAM. MySQL cannot, and only root may add a PAM service:
-    otherwise it has a password. Raises LookupError if there is no MySQL on this machine."""
+    """Start everything; stop and remove everything, whatever happens. The purge's user has a
+    password, and on MariaDB also tokens, which the server has checked by PAM; only root may add a
+    PAM service. Raises LookupError if there is no MySQL on this machine."""
     tokens = kind == "mariadb" and os.geteuid() == 0
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="purge-sandbox-")))
@@ -247,14 +250,15 @@ def sandbox(kind: str = "mariadb") -> Iterator[Sandbox]:
             asked = f"pam_exec.so expose_authtok seteuid quiet {' '.join(map(str, checker))}"
             pam.write_text(f"auth required {asked}\naccount required pam_permit.so\n")
             stack.callback(pam.unlink)
-            login = f"VIA pam USING '{pam.name}'"
+            native = f"mysql_native_password USING PASSWORD('{PASSWORD}')"
+            login = f"VIA {native} OR pam USING '{pam.name}'"
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request otherwise
         moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         moto.start()
         stack.callback(moto.stop)
         s3_url = "http://{}:{}".format(*moto.get_host_and_port())
         database.admin().cursor().execute(f"CREATE DATABASE {DATABASE}")
-        box = Sandbox(home, database, certificates, s3_url, None if tokens else PASSWORD)
+        box = Sandbox(home, database, certificates, s3_url, PASSWORD, tokens)
         create = f"CREATE USER {USER}@'%' IDENTIFIED {login} REQUIRE SSL"
         box.sql(create, f"GRANT SELECT ON {DATABASE}.* TO {USER}@'%'")
         yield box
@@ -285,6 +289,7 @@ def main() -> int:
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
     with sandbox() as box:
         fill(box)
+        box.password = None if box.tokens else PASSWORD
         return subprocess.run(sys.argv[1:], env=box.environment, check=False).returncode
 
 
