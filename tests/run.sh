@@ -7,4 +7,4 @@ cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy --strict retention_purge.py
-exec "$python" -m pytest -p no:cacheprovider -rs --durations=10 -n 2 -c tests/pytest.ini "$@"
+exec "$python" -m pytest -p no:cacheprovider -rs --durations=15 -n 4 -c tests/pytest.ini "$@"
