@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import AS_OF, OLD
+from conftest import AS_OF, OLD, ended
 from sandbox import TABLE
 from schedules import run_schedule
 
@@ -22,7 +22,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(world):
         world.box.load([], [])
         numbers = f"SELECT seq, '{OLD}', 'TRIAL', CONCAT('key-', seq) FROM seq_1_to_{rows}"
         world.box.sql(f"INSERT INTO {TABLE} {numbers}")
-        result = world.purge(*AS_OF, "-n", "--json", patch=patch)
+        result = ended(world.start(*AS_OF, "-n", "--json", patch=patch))
         assert result.summary["missing"] == rows
         peaks.append(int(re.findall(r"VmHWM:\s+(\d+) kB", result.err)[0]))
     assert peaks[1] - peaks[0] < 8_000, "kB"

@@ -6,6 +6,7 @@ each run. The script itself is read anew, and runs as `__main__` in a process of
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -43,6 +44,7 @@ def child(request: dict[str, Any], streams: list[int]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
     sys.stdout.flush()
     sys.stderr.flush()
