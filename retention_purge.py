@@ -107,8 +107,8 @@ LOCK_TIMEOUT = 5
 VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
 S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 # Why the gate keeps a key.
-TOO_YOUNG = "it is an orphan that is too young, or orphans were not asked for"
-IN_USE, UNSPELT = "a job refers to it by now", "no request can spell its name"
+TOO_YOUNG = "it is younger than the grace period of orphans"
+IN_USE, UNSPELT = "a job refers to it by now", "doubtful, because no request can spell its name"
 
 
 # --- Errors and stop signals ----------------------------------------------------------------------
@@ -2428,77 +2428,50 @@ def explain(key: str, gate: Gate, jobs: JobTable, bucket: Bucket, wishes: Wishes
     item = bucket.find(key) if is_inside else None
     counts = gate.known([name])[1].get(name) if is_inside else None
     rows = jobs.jobs_of(name, JOBS_SHOWN) if counts else []
-    states = [state_of(kind, at, expired, wishes) for _, kind, at, expired in rows]
+    told = [facts_of_job(row, wishes.retention_days) for row in rows]
     reason = Reason.EXPIRED if counts else Reason.ORPHAN
     seen = item.last_modified if item else gate.terms.now.isoformat()
     why = gate.objection(Candidate(key, reason, 0, seen), counts)
     if is_inside and item is None:
         verdict = "nothing to delete: the bucket has no such object"
-    elif why:  # the jobs that keep the object come first
-        verdict = f"kept: {because(why, f'job {rows[0][0]} {states[0]}' if rows else '', wishes)}"
+    elif why == IN_USE and told:  # the jobs that keep the object come first
+        verdict = f"kept: job {told[0]['job_id']} {told[0]['state']}"
+    elif why == TOO_YOUNG and wishes.orphan_grace_days is None:
+        verdict = "kept: no job refers to it, and --orphans was not given"
+    elif why:
+        verdict = f"kept: {why}"
     elif counts is None and is_doubtful(name, jobs, bucket):
         verdict = "kept: doubtful, because a job may mean it by another spelling of its name"
+    elif counts is None:
+        verdict = "would be deleted: no job refers to it, and its grace period is over"
     else:
-        verdict = f"would be deleted: {set_free_by(counts, states)}"
+        verdict = f"would be deleted: the last of its jobs {told[0]['state']}"
     if wishes.rows and counts and counts.expired and why != UNSPELT:
         verdict += f"; {counts.expired} rows of expired jobs would be deleted"
     facts = {"size": int(item.size), "last_modified": item.last_modified} if item else None
-    fields, more = ("job_id", "type", "completed_at", "state"), (counts or Counts(0, 0)).jobs
-    told = [
-        dict(zip(fields, (*row[:3], how), strict=True))
-        for row, how in zip(rows, states, strict=True)
-    ]
-    more -= len(told)
+    more = counts.jobs - len(told) if counts else 0
     return {"key": key, "object": facts, "jobs": told, "more_jobs": more, "verdict": verdict}
 
 
-def set_free_by(counts: Counts | None, states: list[str]) -> str:
-    if counts is None:
-        return "no job refers to it, and its grace period is over"
-    which = "its only job" if counts.jobs == 1 else f"of its {counts.jobs} jobs the last"
-    return f"{which} {states[0]}"
-
-
-def because(why: str, job: str, wishes: Wishes) -> str:
-    """Say the gate's objection in terms of the first job, or of the command line."""
-    if why == TOO_YOUNG and wishes.orphan_grace_days is None:
-        return "no job refers to it, and --orphans was not given"
-    if why == TOO_YOUNG:
-        return f"it is younger than the grace period of {wishes.orphan_grace_days} days"
-    return job if why == IN_USE and job else f"{'doubtful, because ' * (why == UNSPELT)}{why}"
-
-
-def state_of(kind: str | None, completed: str | None, expired: int, wishes: Wishes) -> str:
-    """Say whether a job is expired, or why not."""
-    if kind != "TRIAL":
-        return f"is {kind or 'of no type'}"
-    if not completed:
-        return "is not completed"
-    state, days = "expired" if expired else "will expire", wishes.retention_days
-    try:
-        end = datetime.fromisoformat(completed) + timedelta(days=days)
-    except ValueError:  # a date with a zero in it
-        return "is not completed"
-    except OverflowError:
-        return f"{state} {days} days after {completed}"
-    return f"{state} on {end.date()}"
+def facts_of_job(row: tuple[Any, ...], retention_days: int) -> dict[str, Any]:
+    """What is told of a job. Its `state` says whether it is expired, or why not."""
+    job_id, kind, completed, is_expired = row
+    state = f"is {kind or 'of no type'}"
+    if kind == "TRIAL":
+        state = "is not completed"
+        with suppress(ValueError, OverflowError):  # no date, a zero in it, or the year 9999
+            end = datetime.fromisoformat(completed or "") + timedelta(days=retention_days)
+            state = f"{'expired' if is_expired else 'will expire'} on {end.date()}"
+    return {"job_id": job_id, "type": kind, "completed_at": completed, "state": state}
 
 
 def is_doubtful(name: str, jobs: JobTable, bucket: Bucket) -> bool:
     """Whether a job may mean this orphan by another spelling, whose own object is not there."""
     if not jobs.can_hold(name):
         return True
-    same, found = folded(name), jobs.references()
-    others = (utf8(raw) for raw, count, expired in found if expired < count)
-    like = [other for other in others if other and folded(other) == same]
+    others = (utf8(raw) for raw, count, expired in jobs.references() if expired < count)
+    like = [other for other in others if other and folded(other) == folded(name)]
     return any(bucket.find(bucket.prefix + other) is None for other in like)
-
-
-def history_of(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Yield what earlier runs did with the key, as an audit log tells. Raises PurgeError."""
-    for event in log_events(path, []):
-        if event.get("key") == key:
-            yield {name: event.get(name) for name in ("time", "run_id", "event", "code")}
 
 
 def explanation(facts: dict[str, Any]) -> str:
@@ -2512,7 +2485,7 @@ def explanation(facts: dict[str, Any]) -> str:
     if facts["more_jobs"]:
         lines.append(f"jobs     {facts['more_jobs']} more")
     for event in facts.get("history", []):
-        code = f" ({event['code']})" if event["code"] else ""
+        code = f" ({event['code']})" if event.get("code") else ""
         lines.append(f"earlier  {event['time']} run {event['run_id']}: {event['event']}{code}")
     return "\n".join([*lines, f"verdict  {facts['verdict']}"])
 
@@ -2844,7 +2817,8 @@ def tell_why(run: Setting, key: str) -> None:
         gate, jobs = open_table(run, wire, lead, stack)
         facts = explain(key, gate, jobs, bucket, run.wishes)
         if (audit_log := run.output.audit_log) and audit_log.exists():
-            facts["history"] = [*history_of(audit_log, key)]
+            events = log_events(audit_log, [])
+            facts["history"] = [event for event in events if event.get("key") == key]
         told = json.dumps(facts, default=str) if run.output.json else explanation(facts)
         run.output.screen.show(told)
 
