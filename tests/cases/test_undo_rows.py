@@ -187,7 +187,7 @@ def test_what_cannot_be_undone_is_refused_in_one_line(world, path):
     assert "no whole rows" in ended_with(world, path)
     assert "--bucket does not go with" in undo_rows(world, path, "--bucket", "b", code=2)
     path.unlink()
-    assert "Cannot read the audit log" in undo_rows(world, path, code=2)
+    assert "does not exist" in undo_rows(world, path, code=2)
 
 
 def ended_with(world: World, path: Path) -> str:
