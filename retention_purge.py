@@ -2567,8 +2567,7 @@ def show_summary(run: Setting) -> None:
     if report.requests["delete"] and report.recoverable:
         text += f"\n{'undo':<24}{run.undo}"
     if report.deleted.objects and report.undoes:
-        text += "\nThe next purge deletes these keys again, unless its schedule is stopped or an "
-        text += "OFFICIAL job refers to them."
+        text += "\nThe next purge deletes these keys again: stop it, or let a job keep them."
     screen.show(text)
     if report.is_dry and screen.err_is_terminal and not screen.out_is_terminal:
         screen.tell(text)  # the plan went into a file
@@ -2638,24 +2637,22 @@ def open_bucket(run: Setting) -> tuple[Wire, Bucket, timedelta]:
     return wire, bucket, lead
 
 
-def open_table(
-    run: Setting, wire: Wire, lead: timedelta, stack: ExitStack
-) -> tuple[Gate, JobTable]:
-    """Log in, take the lock of a real run, and open the gate. Raises PurgeError."""
+def open_all(run: Setting, stack: ExitStack) -> tuple[Bucket, Gate, JobTable, timedelta]:
+    """Open the bucket, log in, take the lock of a real run, open the gate. Raises PurgeError."""
+    wire, bucket, lead = open_bucket(run)
     connection = stack.enter_context(closing(log_in(run.session, run.login, lead)))
     lock = lock_name(connection, run.wishes, run.login.table)
     if not run.ledger.report.is_dry:
         take_lock(connection, lock, run.login.table)
     gate = Gate(wire, connection, run.login.table, lock, run.wishes)
-    return gate, JobTable(connection, gate)
+    return bucket, gate, JobTable(connection, gate), lead
 
 
 def purge(run: Setting) -> None:
     """Plan, and unless it is a dry run, carry out the plan. Raises PurgeError."""
     with ExitStack() as stack:
         with run.stop.at_once():
-            wire, bucket, lead = open_bucket(run)
-            gate, jobs = open_table(run, wire, lead, stack)
+            bucket, gate, jobs, lead = open_all(run, stack)
             plan, witnesses = guarded_plan(run, bucket, gate, jobs, lead)
             if run.manifest:
                 write_manifest(plan, bucket.name, run.manifest)
@@ -2698,7 +2695,7 @@ def make_plan(
     lost = Spellings()
 
     def is_doubtful(key: str) -> bool:
-        return not jobs.can_hold(key[start:]) or (totals.dangling > 0 and lost.has(key[start:]))
+        return not jobs.can_hold(key[start:]) or lost.has(key[start:])
 
     pairs = outer_join(references, bucket.objects(references, whole))
     pairs = over(pairs, "listing", 0 if whole else len(references), minutely=jobs.ping)
@@ -2774,8 +2771,7 @@ def warn_of_killed(report: Report, last: datetime, planned: int, known: int) -> 
 def tell_why(run: Setting, key: str, as_json: bool) -> None:
     """Print the explanation of one key. Raises PurgeError."""
     with ExitStack() as stack, run.stop.at_once():
-        wire, bucket, lead = open_bucket(run)
-        gate, jobs = open_table(run, wire, lead, stack)
+        bucket, gate, jobs, _ = open_all(run, stack)
         facts = explain(key, gate, jobs, bucket, run.wishes)
         if run.audit_log and run.audit_log.exists():
             events = log_events(run.audit_log, [])
@@ -2805,9 +2801,8 @@ class Number(click.ParamType[Any]):
             number = self._kind(value)
             if self._low <= number <= self._high:
                 return number
-        whole = "whole number" if self._kind is int else "number"
-        limits = f"from {self._low} to {self._high}"
-        return self.fail(f"{value!r} is not a {whole} {limits}.", param, ctx)
+        kind = "whole number" if self._kind is int else "number"
+        return self.fail(f"{value!r} is not a {kind} from {self._low} to {self._high}.", param, ctx)
 
 
 PERCENT, COUNT = Number(float, 0, 100), Number(int, 0, 10**12)
@@ -2818,7 +2813,7 @@ LOG = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def option(names: str, kind: Any, default: Any, text: str, metavar: str | None = None) -> Any:
-    """One with a `metavar` (what its value is) does something else than a purge: no variable."""
+    """Where `metavar` says what the value is, no variable can set the option."""
     more: Any = {"is_flag": kind is bool, "metavar": metavar, "allow_from_autoenv": not metavar}
     return click.Option(names.split(), type=kind, default=default, help=text, **more)
 
@@ -2852,8 +2847,7 @@ OPTIONS: list[click.Option] = [
     option("-q --quiet", bool, False, "Print nothing but problems."),
     option("--explain", str, None, "Say what a run would do with this key, and why.", "KEY"),
     option("--undo", LOG, None, "Bring back what one run hid.", "AUDIT_LOG"),
-    option("--undo-rows", LOG, None, "Print the SQL that brings back the job rows of one run.",
-           "AUDIT_LOG"),
+    option("--undo-rows", LOG, None, "Print the SQL that brings its job rows back.", "AUDIT_LOG"),
     option("--run-id", str, None, "The run to undo, if the log holds several.", "ID"),
 ]  # fmt: skip
 # What must match as a whole, and what to say if it does not. A bucket may be an access point's ARN.
@@ -2863,7 +2857,7 @@ SPELLINGS = {
     "db_table": (r"[^.]+(\.[^.]+)?", "is neither TABLE nor SCHEMA.TABLE"),
     "bucket": (PLACE, "is not a bucket name; a path goes into --prefix"),
 }
-NEEDED = ("db_host", "db_user", "db_name", "bucket")  # where they go with the others
+NEEDED = ("db_host", "db_user", "db_name", "bucket")  # but for those that an undo does not take
 ALONE = ("undo", "undo_rows", "explain")  # the options that do something else than a purge
 # What an undo takes of a purge's options.
 OF_UNDO = {"undo", "run_id", "bucket", "profile", "region", "dry_run", "audit_log", "json"}
@@ -2897,9 +2891,7 @@ class Command(click.Command):
         try:
             return super().make_context(*given, **more)
         except click.UsageError as error:  # click itself would print two lines before
-            variable = VARIABLES + str(getattr(getattr(error, "param", None), "name", "")).upper()
-            hint = f" Look at {variable}." if variable in os.environ else ""
-            raise PurgeError(error.format_message() + hint, USAGE) from None
+            raise PurgeError(error.format_message(), USAGE) from None
 
 
 @click.command(cls=Command, params=OPTIONS, context_settings=CONTEXT, epilog=EPILOG)
@@ -2947,12 +2939,12 @@ def check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
         check_characters(flag(name), value)
     alone = [name for name in ALONE if given[name] is not None]
     check(len(alone) < 2, f"Give only one of {', '.join(map(flag, ALONE))}.")
-    does = "".join(alone)
-    check(not given["run_id"] or does.startswith("undo"), "--run-id goes with --undo.")
-    allowed = {"undo": OF_UNDO, "undo_rows": OF_UNDO_ROWS}.get(does, {*given})
+    task = "".join(alone)
+    check(not given["run_id"] or task.startswith("undo"), "--run-id goes with --undo.")
+    allowed = {"undo": OF_UNDO, "undo_rows": OF_UNDO_ROWS}.get(task, {*given})
     for name in given:
         on_line = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        check(name in allowed or not on_line, f"{flag(name)} does not go with {flag(does)}.")
+        check(name in allowed or not on_line, f"{flag(name)} does not go with {flag(task)}.")
     for name in NEEDED:
         check(given[name] or name not in allowed, f"Missing option '{flag(name)}'.")
     for name, (pattern, advice) in SPELLINGS.items():
@@ -2980,8 +2972,7 @@ def check_characters(name: str, value: Any) -> None:
 
 def screen_of(given: dict[str, Any], stop: Stop) -> Screen:
     """Log to standard error, in UTC; print any key on a terminal of any encoding."""
-    # None: the caller has closed it.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None: the caller closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     screen = Screen(stop)
     logging.Formatter.converter = time.gmtime
@@ -2996,8 +2987,9 @@ def setting_of(given: dict[str, Any]) -> Setting:
     bucket, prefix, days = given["bucket"], given["prefix"], given["retention_days"]
     grace = given["orphan_grace_days"] if given["orphans"] else None
     wishes = Wishes(bucket, prefix, days, given["as_of"], grace, given["delete_jobs"])
-    report, password = report_of(given), os.environ.get(PASSWORD_VARIABLE)
     host, port, user, schema = (given[f"db_{name}"] for name in ("host", "port", "user", "name"))
+    report = report_of(given)
+    password = os.environ.get(PASSWORD_VARIABLE)
     login = Login(host, port, user, schema, report.table or "", given["ca_bundle"], password)
     objects, percent = given["max_objects"], given["max_percent"]
     limits = Limits(objects, percent, given["max_rate"], given["workers"])
@@ -3026,7 +3018,7 @@ def report_of(given: dict[str, Any]) -> Report:
 def carry_out(run: Setting, given: dict[str, Any]) -> None:
     """Do what the command line asks for. Raises PurgeError."""
     if given["undo_rows"] is not None:
-        with held(given["undo_rows"], run.ledger), run.stop.at_once():
+        with run.stop.at_once(), held(given["undo_rows"], run.ledger):
             for part in rows_sql(given["undo_rows"], given["run_id"]):
                 run.screen.show(part)
         return
