@@ -107,8 +107,8 @@ LOCK_TIMEOUT = 5
 VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
 S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 # Why the gate keeps a key.
-TOO_YOUNG = "it is an orphan that is too young, or orphans were not asked for"
-IN_USE, UNSPELT = "a job refers to it by now", "no request can spell its name"
+TOO_YOUNG = "it is younger than the grace period of orphans"
+IN_USE, UNSPELT = "a job refers to it by now", "doubtful, because no request can spell its name"
 
 
 # --- Errors and stop signals ----------------------------------------------------------------------
@@ -2418,8 +2418,6 @@ def literal(value: Any) -> str:
 
 # --- Explain: why one key goes, or stays ----------------------------------------------------------
 
-JOBS_SHOWN = 20
-
 
 def explain(key: str, gate: Gate, jobs: JobTable, bucket: Bucket, wishes: Wishes) -> dict[str, Any]:
     """Say what a run would do with this key, and why. The gate's own code decides."""
@@ -2427,78 +2425,51 @@ def explain(key: str, gate: Gate, jobs: JobTable, bucket: Bucket, wishes: Wishes
     is_inside = key.startswith(wishes.prefix) and name != ""
     item = bucket.find(key) if is_inside else None
     counts = gate.known([name])[1].get(name) if is_inside else None
-    rows = jobs.jobs_of(name, JOBS_SHOWN) if counts else []
-    states = [state_of(kind, at, expired, wishes) for _, kind, at, expired in rows]
+    rows = jobs.jobs_of(name, most=20) if counts else []
+    told = [facts_of_job(row, wishes.retention_days) for row in rows]
     reason = Reason.EXPIRED if counts else Reason.ORPHAN
     seen = item.last_modified if item else gate.terms.now.isoformat()
     why = gate.objection(Candidate(key, reason, 0, seen), counts)
     if is_inside and item is None:
         verdict = "nothing to delete: the bucket has no such object"
-    elif why:  # the jobs that keep the object come first
-        verdict = f"kept: {because(why, f'job {rows[0][0]} {states[0]}' if rows else '', wishes)}"
+    elif why == IN_USE and told:  # the jobs that keep the object come first
+        verdict = f"kept: job {told[0]['job_id']} {told[0]['state']}"
+    elif why == TOO_YOUNG and wishes.orphan_grace_days is None:
+        verdict = "kept: no job refers to it, and --orphans was not given"
+    elif why:
+        verdict = f"kept: {why}"
     elif counts is None and is_doubtful(name, jobs, bucket):
         verdict = "kept: doubtful, because a job may mean it by another spelling of its name"
+    elif counts is None:
+        verdict = "would be deleted: no job refers to it, and its grace period is over"
     else:
-        verdict = f"would be deleted: {set_free_by(counts, states)}"
+        verdict = f"would be deleted: the last of its jobs {told[0]['state']}"
     if wishes.rows and counts and counts.expired and why != UNSPELT:
         verdict += f"; {counts.expired} rows of expired jobs would be deleted"
     facts = {"size": int(item.size), "last_modified": item.last_modified} if item else None
-    fields, more = ("job_id", "type", "completed_at", "state"), (counts or Counts(0, 0)).jobs
-    told = [
-        dict(zip(fields, (*row[:3], how), strict=True))
-        for row, how in zip(rows, states, strict=True)
-    ]
-    more -= len(told)
+    more = counts.jobs - len(told) if counts else 0
     return {"key": key, "object": facts, "jobs": told, "more_jobs": more, "verdict": verdict}
 
 
-def set_free_by(counts: Counts | None, states: list[str]) -> str:
-    if counts is None:
-        return "no job refers to it, and its grace period is over"
-    which = "its only job" if counts.jobs == 1 else f"of its {counts.jobs} jobs the last"
-    return f"{which} {states[0]}"
-
-
-def because(why: str, job: str, wishes: Wishes) -> str:
-    """Say the gate's objection in terms of the first job, or of the command line."""
-    if why == TOO_YOUNG and wishes.orphan_grace_days is None:
-        return "no job refers to it, and --orphans was not given"
-    if why == TOO_YOUNG:
-        return f"it is younger than the grace period of {wishes.orphan_grace_days} days"
-    return job if why == IN_USE and job else f"{'doubtful, because ' * (why == UNSPELT)}{why}"
-
-
-def state_of(kind: str | None, completed: str | None, expired: int, wishes: Wishes) -> str:
-    """Say whether a job is expired, or why not."""
-    if kind != "TRIAL":
-        return f"is {kind or 'of no type'}"
-    if not completed:
-        return "is not completed"
-    state, days = "expired" if expired else "will expire", wishes.retention_days
-    try:
-        end = datetime.fromisoformat(completed) + timedelta(days=days)
-    except ValueError:  # a date with a zero in it
-        return "is not completed"
-    except OverflowError:
-        return f"{state} {days} days after {completed}"
-    return f"{state} on {end.date()}"
+def facts_of_job(row: tuple[Any, ...], retention_days: int) -> dict[str, Any]:
+    """What is told of a job. Its `state` says whether it is expired, or why not."""
+    job_id, kind, completed, is_expired = row
+    state = f"is {kind or 'of no type'}"
+    if kind == "TRIAL":
+        state = "is not completed"
+        with suppress(ValueError, OverflowError):  # no date, a zero in it, or the year 9999
+            end = datetime.fromisoformat(completed or "") + timedelta(days=retention_days)
+            state = f"{'expired' if is_expired else 'will expire'} on {end.date()}"
+    return {"job_id": job_id, "type": kind, "completed_at": completed, "state": state}
 
 
 def is_doubtful(name: str, jobs: JobTable, bucket: Bucket) -> bool:
     """Whether a job may mean this orphan by another spelling, whose own object is not there."""
     if not jobs.can_hold(name):
         return True
-    same, found = folded(name), jobs.references()
-    others = (utf8(raw) for raw, count, expired in found if expired < count)
-    like = [other for other in others if other and folded(other) == same]
+    others = (utf8(raw) for raw, count, expired in jobs.references() if expired < count)
+    like = [other for other in others if other and folded(other) == folded(name)]
     return any(bucket.find(bucket.prefix + other) is None for other in like)
-
-
-def history_of(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Yield what earlier runs did with the key, as an audit log tells. Raises PurgeError."""
-    for event in log_events(path, []):
-        if event.get("key") == key:
-            yield {name: event.get(name) for name in ("time", "run_id", "event", "code")}
 
 
 def explanation(facts: dict[str, Any]) -> str:
@@ -2512,52 +2483,35 @@ def explanation(facts: dict[str, Any]) -> str:
     if facts["more_jobs"]:
         lines.append(f"jobs     {facts['more_jobs']} more")
     for event in facts.get("history", []):
-        code = f" ({event['code']})" if event["code"] else ""
+        code = f" ({event['code']})" if event.get("code") else ""
         lines.append(f"earlier  {event['time']} run {event['run_id']}: {event['event']}{code}")
     return "\n".join([*lines, f"verdict  {facts['verdict']}"])
 
 
 # --- Output: plan, digest, manifest, summary ------------------------------------------------------
 
-SAMPLE_LINES = 10
 
-
-class Output(NamedTuple):
-    """Where the result goes, and in which form."""
-
-    screen: Screen
-    json: bool = False
-    quiet: bool = False
-    dry_run: bool = False
-    manifest: Path | None = None
-    audit_log: Path | None = None
-    summary: bool = True
-
-
-def line_of(item: Any) -> str:
-    """A line of a dry run: reason, bytes, last modified, key."""
-    return f"{item.reason}\t{item.size}\t{item.last_modified}\t{printable(item.key)}"
-
-
-def show_plan(plan: Spool[Any], output: Output, limited: str = "") -> None:
-    """In a dry run, print what a real one would do: all lines into a file or pipe, some of them on
-    a terminal; then a digest. `limited` says how near the plan is to the limits."""
-    if not output.dry_run or output.json or output.quiet:
+def show_plan(plan: Spool[Candidate], run: Setting, totals: Totals, terms: Terms | None) -> None:
+    """In a dry run, print what a real one would do: for each object reason, bytes, last modified
+    and key, on a terminal for ten of them; then a digest, with the limits of a purge's `terms`."""
+    screen = run.screen
+    if not run.ledger.report.is_dry or run.json or run.quiet:
         return
-    screen, objects = output.screen, (item for item in plan if item.reason in OF_OBJECTS)
-    some = Sample[Candidate]()
+    objects = (item for item in plan if item.reason in OF_OBJECTS)
     if screen.out_is_terminal:
-        deque(map(some.add, objects), maxlen=0)
-    shown = spread(some.items, SAMPLE_LINES) if screen.out_is_terminal else objects
-    for chunk in chunks(map(line_of, shown), 1000):
+        places = spread(range(totals.planned.objects), 10)
+        objects = (item for place, item in enumerate(objects) if place in places)
+    lines = (f"{it.reason}\t{it.size}\t{it.last_modified}\t{printable(it.key)}" for it in objects)
+    for chunk in chunks(lines, 1000):
         screen.show("\n".join(chunk))
-    digest = "\n".join([*digest_of(plan), *limited.splitlines()])
+    limited = limits_text(totals, terms, run.limits) if terms else ()
+    digest = "\n".join([*digest_of(plan), *limited])
     screen.show(digest)
     if screen.err_is_terminal and not screen.out_is_terminal:
         screen.tell(digest)  # the plan went into a file
 
 
-def digest_of(plan: Iterable[Any]) -> Iterator[str]:
+def digest_of(plan: Iterable[Candidate]) -> Iterator[str]:
     """Yield a line for each month of last modification, with a bar; then the oldest and newest."""
     objects, sizes = Counter[str](), Counter[str]()
     oldest = newest = None
@@ -2576,84 +2530,78 @@ def digest_of(plan: Iterable[Any]) -> Iterator[str]:
         yield f"newest  {newest.last_modified}  {printable(newest.key)}"
 
 
-def limits_text(totals: Totals, terms: Terms, limits: Limits) -> str:
-    """A line for each share that --max-percent limits."""
-    lines = []
+def limits_text(totals: Totals, terms: Terms, limits: Limits) -> Iterator[str]:
+    """Yield a line for each share that --max-percent limits."""
     for part, whole, name in shares(totals, terms):
-        percent = 100 * part / whole if whole else 0.0
-        lines.append(f"share   {percent:.1f} % of {whole} {name} (limit {limits.percent:g} %)")
-    return "\n".join(lines)
+        percent = 100 * part / (whole or 1)
+        yield f"share   {percent:.1f} % of {whole} {name} (limit {limits.percent:g} %)"
 
 
 def write_manifest(plan: Iterable[Candidate], bucket: str, path: Path) -> None:
     """Write the plan as S3 Batch Operations reads it, `bucket,url-encoded-key` on each line; beside
     first, then renamed, never through a link. Raises PurgeError."""
     part = path.with_name(f"{path.name}.part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # EXCL follows no link
+    objects = (item for item in plan if item.reason in OF_OBJECTS)
     try:
-        with suppress(FileNotFoundError):
-            part.unlink()  # of a run that was killed
-        with open(os.open(part, flags, 0o600), "w", encoding="ascii", newline="") as file:
-            objects = (item for item in plan if item.reason in OF_OBJECTS)
-            file.writelines(f"{bucket},{quote(item.key)}\n" for item in objects)
-        part.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            part.unlink()
-        if isinstance(error, OSError):
-            reason = f"Cannot write the manifest {path}: {error.strerror}."
-            raise PurgeError(reason) from error
-        raise
+        part.unlink(missing_ok=True)  # of a run that was killed
+        try:
+            with open(os.open(part, flags, 0o600), "w", encoding="ascii", newline="") as file:
+                file.writelines(f"{bucket},{quote(item.key)}\n" for item in objects)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise PurgeError(f"Cannot write the manifest {path}: {error.strerror}.") from error
 
 
-def show_summary(report: Report, output: Output, undo: str) -> None:
-    """Print the summary; `undo` is the command that takes the run back, if one does."""
-    screen, text = output.screen, report.as_text()
-    if output.json:
+def show_summary(run: Setting) -> None:
+    """Print the summary, and the command that takes the run back, if one does."""
+    screen, report = run.screen, run.ledger.report
+    if run.json:
         screen.show(json.dumps(report.as_dict()))
         return
-    if report.planned is None or (output.quiet and report.exit_code == 0):
+    if report.planned is None or (run.quiet and report.exit_code == 0):
         return
+    text = report.as_text()
     if report.requests["delete"] and report.recoverable:
-        text += f"\n{'undo':<24}{undo}"
+        text += f"\n{'undo':<24}{run.undo}"
     if report.deleted.objects and report.undoes:
-        text += "\nThe next purge deletes these keys again, unless its schedule is stopped or an "
-        text += "OFFICIAL job refers to them."
+        text += "\nThe next purge deletes these keys again: stop it, or let a job keep them."
     screen.show(text)
-    if output.dry_run and screen.err_is_terminal and not screen.out_is_terminal:
+    if report.is_dry and screen.err_is_terminal and not screen.out_is_terminal:
         screen.tell(text)  # the plan went into a file
 
 
-def finish(ledger: Ledger, output: Output, undo: str) -> None:
+def finish(run: Setting) -> None:
     """Tell how it went: audit log, standard output and error, all with the same exit code."""
-    report = ledger.report
+    ledger, report = run.ledger, run.ledger.report
     report.end(outcome(ledger.end))
     ledger.tell_causes()
-    error = outcome(lambda: show_summary(report, output, undo)) if output.summary else None
+    error = outcome(lambda: show_summary(run))
     if error is not None and report.error is None:
         report.end(error)
         outcome(ledger.end)  # the last `end` counts
     if report.error is not None:
         line = f"Error: {report.error}"
-        if not output.screen.err_is_terminal:
+        if not run.screen.err_is_terminal:
             line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line} (run {report.run_id})"
-        output.screen.tell(line)
+        run.screen.tell(line)
 
 
 def outcome(action: Callable[[], None]) -> PurgeError | None:
     """Do it. Return the error that ended it, in one line, whatever it was."""
     try:
         action()
-    except PurgeError as error:
+    except Exception as error:
         log.debug("stopped", exc_info=True)
-        return error
-    except aws.BotoCoreError as error:
+        if isinstance(error, PurgeError):
+            return error
+        if not isinstance(error, aws.BotoCoreError):
+            return PurgeError(f"Unexpected {type(error).__name__}: {error}. -v shows where.")
         usage = type(error).__name__ in ("ProfileNotFound", "NoCredentialsError", "NoRegionError")
         advice = f"{str(error).rstrip('.')}. Check AWS credentials, --profile, --region."
         return PurgeError(advice, USAGE if usage else FAILED)
-    except Exception as error:
-        log.debug("stopped", exc_info=True)
-        return PurgeError(f"Unexpected {type(error).__name__}: {error}. -v shows where.")
     return None
 
 
@@ -2666,11 +2614,16 @@ class Setting(NamedTuple):
     wishes: Wishes
     login: Login
     limits: Limits
-    output: Output
-    session: Any  # of boto3
     stop: Stop
     ledger: Ledger
+    screen: Screen
     progress: Progress
+    undo: str  # the command that takes the run back
+    json: bool  # the summary is one JSON object
+    quiet: bool
+    manifest: Path | None
+    audit_log: Path | None
+    session: Any = None  # of boto3; made once the audit log has begun
 
 
 def open_bucket(run: Setting) -> tuple[Wire, Bucket, timedelta]:
@@ -2680,43 +2633,40 @@ def open_bucket(run: Setting) -> tuple[Wire, Bucket, timedelta]:
     bucket = Bucket(wire, run.wishes.prefix, workers, run.stop, report.count_list)
     report.versioning, lead = bucket.look()
     enabled = report.versioning == "enabled" and not report.undoes
-    report.recoverable = enabled and run.output.audit_log is not None
+    report.recoverable = enabled and run.audit_log is not None
     return wire, bucket, lead
 
 
-def open_table(
-    run: Setting, wire: Wire, lead: timedelta, stack: ExitStack
-) -> tuple[Gate, JobTable]:
-    """Log in, take the lock of a real run, and open the gate. Raises PurgeError."""
+def open_all(run: Setting, stack: ExitStack) -> tuple[Bucket, Gate, JobTable, timedelta]:
+    """Open the bucket, log in, take the lock of a real run, open the gate. Raises PurgeError."""
+    wire, bucket, lead = open_bucket(run)
     connection = stack.enter_context(closing(log_in(run.session, run.login, lead)))
     lock = lock_name(connection, run.wishes, run.login.table)
-    if not run.output.dry_run:
+    if not run.ledger.report.is_dry:
         take_lock(connection, lock, run.login.table)
     gate = Gate(wire, connection, run.login.table, lock, run.wishes)
-    return gate, JobTable(connection, gate)
+    return bucket, gate, JobTable(connection, gate), lead
 
 
 def purge(run: Setting) -> None:
     """Plan, and unless it is a dry run, carry out the plan. Raises PurgeError."""
     with ExitStack() as stack:
         with run.stop.at_once():
-            wire, bucket, lead = open_bucket(run)
-            gate, jobs = open_table(run, wire, lead, stack)
-            sample = Sample[str]()
-            plan = guarded_plan(run, bucket, gate, jobs, sample, lead)
-            if run.output.manifest:
-                write_manifest(plan, bucket.name, run.output.manifest)
-        if not run.output.dry_run:
-            witnesses = spread(sample.items, WITNESSES)
+            bucket, gate, jobs, lead = open_all(run, stack)
+            plan, witnesses = guarded_plan(run, bucket, gate, jobs, lead)
+            if run.manifest:
+                write_manifest(plan, bucket.name, run.manifest)
+        if not run.ledger.report.is_dry:
             rounds = Rounds(gate, jobs, run.ledger, run.stop, run.limits, witnesses)
             deque(run.progress.over(rounds.run(plan), "deleting", len(plan)), maxlen=0)
 
 
 def guarded_plan(
-    run: Setting, bucket: Bucket, gate: Gate, jobs: JobTable, sample: Sample[str], lead: timedelta
-) -> Spool[Candidate]:
-    """Return the plan, shown in a dry run. Raises PurgeError if a guard refuses it."""
-    terms, report, totals = gate.terms, run.ledger.report, Totals()
+    run: Setting, bucket: Bucket, gate: Gate, jobs: JobTable, lead: timedelta
+) -> tuple[Spool[Candidate], list[str]]:
+    """Return the plan, shown in a dry run, and names of remaining jobs as witnesses. Raises
+    PurgeError if a guard refuses the plan."""
+    terms, report, totals, sample = gate.terms, run.ledger.report, Totals(), Sample[str]()
     report.cutoff = terms.cutoff.isoformat()
     reasons = [*clock_refusals(terms.now - datetime.now(UTC), lead)]
     plan = make_plan(run, bucket, terms, jobs, totals, sample)
@@ -2727,23 +2677,10 @@ def guarded_plan(
     reasons += refusals(totals, terms, run.limits)
     reasons += wrong_place(totals, terms, sample, bucket)
     reasons += jobs.row_refusals() if terms.rows else []
-    show_plan(plan, run.output, limits_text(totals, terms, run.limits))
-    if run.output.dry_run and totals.planned.objects and not jobs.indexed:
-        try_recheck(gate, plan)
+    show_plan(plan, run, totals, terms)
     if reasons:
         raise PurgeError(f"Refused, nothing was deleted: {'; '.join(reasons)}.", REFUSED)
-    return plan
-
-
-def try_recheck(gate: Gate, plan: Iterable[Candidate]) -> None:
-    """In a dry run: measure a re-check as a real run would make it, without an index."""
-    keys = [item.key for item in next(rounds_of(plan, ROUND_KEYS), [])]
-    started = boot_seconds()
-    gate.known([key.removeprefix(gate.terms.prefix) for key in keys])
-    seconds = boot_seconds() - started
-    if seconds > DEAR_RECHECK:
-        text = "a re-check takes %.1f s without an index on sourceData; a run needs less than %d s"
-        log.warning(text, seconds, MAX_RECHECK_AGE)
+    return plan, spread(sample.items, WITNESSES)
 
 
 def make_plan(
@@ -2758,12 +2695,11 @@ def make_plan(
     lost = Spellings()
 
     def is_doubtful(key: str) -> bool:
-        return not jobs.can_hold(key[start:]) or (totals.dangling > 0 and lost.has(key[start:]))
+        return not jobs.can_hold(key[start:]) or lost.has(key[start:])
 
     pairs = outer_join(references, bucket.objects(references, whole))
     pairs = over(pairs, "listing", 0 if whole else len(references), minutely=jobs.ping)
-    tell = (lambda key: lost.add(key[start:])) if whole else str
-    candidates = Spool(plan(pairs, terms, totals, tell))
+    candidates = Spool(plan(pairs, terms, totals, lambda key: lost.add(key[start:])))
     if totals.planned["orphan"]:
         candidates = Spool(without_doubtful(iter(candidates), totals, is_doubtful))
     log.info("planned: %d objects, %d bytes", totals.planned.objects, totals.planned["bytes"])
@@ -2775,31 +2711,28 @@ def make_plan(
     return candidates
 
 
-def wrong_place(totals: Totals, terms: Terms, sample: Sample[str], bucket: Bucket) -> Iterator[str]:
-    """Yield a reason to refuse if absence would be believed, but most keys of remaining jobs are
+def wrong_place(totals: Totals, terms: Terms, sample: Sample[str], bucket: Bucket) -> Iterable[str]:
+    """Return a reason to refuse if absence would be believed, but most keys of remaining jobs are
     not in the bucket: of all of them where all is listed, else of a sample."""
     if not totals.remaining or not believes_absence(totals, terms):
-        return
+        return ()
     if terms.orphans_before is not None:
         there = totals.remaining - totals.dangling
-        yield from majority_refusal(totals.remaining, there, totals.dangling_key)
-        return
+        return majority_refusal(totals.remaining, there, totals.dangling_key)
     keys = [terms.prefix + name for name in spread(sample.items, SAMPLE)]
-    found = [*bucket.each(bucket.find, keys)]
+    found = bucket.each(bucket.find, keys)
     lost = [key for key, item in zip(keys, found, strict=True) if item is None]
-    yield from majority_refusal(len(keys), len(keys) - len(lost), lost[0] if lost else "")
+    return majority_refusal(len(keys), len(keys) - len(lost), lost[0] if lost else "")
 
 
 def undo(run: Setting, source: Path, run_id: str | None) -> None:
     """Bring back what one run hid. Raises PurgeError."""
     ledger, report, over, totals = run.ledger, run.ledger.report, run.progress.over, Totals()
-    with ExitStack() as stack:
+    with held(source, ledger):
         with run.stop.at_once():
-            hold_source(source, ledger, stack)
             wire, bucket, _ = open_bucket(run)
             if report.versioning == "off":
-                message = f"Bucket {bucket.name} is not versioned: there is nothing to undo."
-                raise PurgeError(message, REFUSED)
+                raise PurgeError(f"Bucket {bucket.name} is not versioned: no undo.", REFUSED)
             events = Log(source, run.stop, run.progress)
             chosen, count = events.choose(run_id, bucket.name)
             last, has_end, planned = events.ending(chosen)
@@ -2809,22 +2742,20 @@ def undo(run: Setting, source: Path, run_id: str | None) -> None:
             pairs = over(pairs, "looking for delete markers", count)
             found = Spool(plan_undo(pairs, totals, ledger))
             report.plan(totals)
-            show_plan(found, run.output)
-        if not run.output.dry_run:
+            show_plan(found, run, totals, None)
+        if not report.is_dry:
             done = restore(found, wire, ledger, run.stop, run.limits)
             deque(over(done, "restoring", len(found)), maxlen=0)
 
 
-def hold_source(source: Path, ledger: Ledger, stack: ExitStack) -> None:
+@contextmanager
+def held(source: Path, ledger: Ledger) -> Iterator[None]:
     """Lock the log that is undone, unless this run writes to the same file and holds it already.
     Raises PurgeError."""
-    try:
-        file = stack.enter_context(source.open("rb"))
-        own = os.fstat(ledger.file.fileno()) if ledger.file else None
-    except OSError as error:
-        raise PurgeError(f"Cannot read the audit log {source}: {error.strerror}.", USAGE) from error
-    if own is None or not os.path.samestat(own, os.fstat(file.fileno())):
-        hold(file, source, fcntl.LOCK_SH)
+    with source.open("rb") as file:
+        if not ledger.file or not os.path.sameopenfile(ledger.file.fileno(), file.fileno()):
+            hold(file, source, fcntl.LOCK_SH)
+        yield
 
 
 def warn_of_killed(report: Report, last: datetime, planned: int, known: int) -> None:
@@ -2837,16 +2768,15 @@ def warn_of_killed(report: Report, last: datetime, planned: int, known: int) -> 
         log.error(message, until.isoformat(timespec="seconds"))
 
 
-def tell_why(run: Setting, key: str) -> None:
+def tell_why(run: Setting, key: str, as_json: bool) -> None:
     """Print the explanation of one key. Raises PurgeError."""
     with ExitStack() as stack, run.stop.at_once():
-        wire, bucket, lead = open_bucket(run)
-        gate, jobs = open_table(run, wire, lead, stack)
+        bucket, gate, jobs, _ = open_all(run, stack)
         facts = explain(key, gate, jobs, bucket, run.wishes)
-        if (audit_log := run.output.audit_log) and audit_log.exists():
-            facts["history"] = [*history_of(audit_log, key)]
-        told = json.dumps(facts, default=str) if run.output.json else explanation(facts)
-        run.output.screen.show(told)
+        if run.audit_log and run.audit_log.exists():
+            events = log_events(run.audit_log, [])
+            facts["history"] = [event for event in events if event.get("key") == key]
+        run.screen.show(json.dumps(facts, default=str) if as_json else explanation(facts))
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -2856,10 +2786,8 @@ def moment(text: str) -> datetime:
     """Type of an option: ISO 8601, taken as UTC if it has no offset."""
     with suppress(ValueError, OverflowError):
         found = datetime.fromisoformat(text)
-        found = (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
-        if found.year >= 1970:
-            return found
-    raise click.BadParameter(f"{text!r} is not ISO 8601 since 1970, such as 2019-06-03T00:00:00Z.")
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    raise click.BadParameter(f"{text!r} is not ISO 8601, such as 2019-06-03T00:00:00Z.")
 
 
 class Number(click.ParamType[Any]):
@@ -2873,64 +2801,54 @@ class Number(click.ParamType[Any]):
             number = self._kind(value)
             if self._low <= number <= self._high:
                 return number
-        limits = f"from {self._low} to {self._high}"
-        limits = limits if self._high < NO_LIMIT else f"of {self._low} or more"
-        whole = "whole number" if self._kind is int else "number"
-        return self.fail(f"{value!r} is not a {whole} {limits}.", param, ctx)
+        kind = "whole number" if self._kind is int else "number"
+        return self.fail(f"{value!r} is not a {kind} from {self._low} to {self._high}.", param, ctx)
 
 
-class Switch(click.types.BoolParamType):
-    """Type of a flag, which a variable sets as 1 or 0."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value in (True, False, "1", "0"):
-            return value in (True, "1")
-        return self.fail(f"{value!r} is neither 1 nor 0.", param, ctx)
-
-
-NO_LIMIT = 10**15
-PERCENT, FILE = Number(float, 0, 100), click.Path(readable=False, path_type=Path)
-COUNT, DAYS, SOME_DAYS = Number(int, 0, NO_LIMIT), Number(int, 0, 36500), Number(int, 1, 36500)
+PERCENT, COUNT = Number(float, 0, 100), Number(int, 0, 10**12)
+DAYS, SOME_DAYS = Number(int, 0, 36500), Number(int, 1, 36500)
 PORT, THREADS = Number(int, 1, 65535), Number(int, 1, 64)
-FLAG, BARE = (
-    {"is_flag": True, "type": Switch()},
-    {"allow_from_autoenv": False},
-)  # BARE: no variable is read
+FILE = click.Path(readable=False, path_type=Path)
+LOG = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-# Name, type or further settings, default, help.
-OPTIONS: list[tuple[str, Any, Any, str]] = [
-    ("--db-host", str, None, "RDS endpoint, the real one.  [required]"),
-    ("--db-port", PORT, 3306, "Port of the database."),
-    ("--db-user", str, None, "Database user.  [required]"),
-    ("--db-name", str, None, "Schema of the job table.  [required]"),
-    ("--db-table", str, "ndvr_job_status", "TABLE or SCHEMA.TABLE."),
-    ("--ca-bundle", FILE, None, "CA certificates.  [default: rds-ca-bundle.pem beside the script]"),
-    ("--bucket", str, None, "Bucket with the source data.  [required]"),
-    ("--prefix", str, "", "Put before sourceData; nothing outside it is touched."),
-    ("--profile", str, None, "AWS profile.  [default: the AWS chain]"),
-    ("--region", str, None, "AWS region of the database.  [default: the AWS chain]"),
-    ("--retention-days", SOME_DAYS, 90, "Days after completedAt at which a TRIAL job expires."),
-    ("--as-of", moment, None, "Expire as of this moment, ISO 8601.  [default: database clock]"),
-    ("--orphans", FLAG, False, "Also delete objects that no job refers to."),
-    ("--orphan-grace-days", DAYS, 7, "Keep orphans younger than this by the real clock."),
-    ("--delete-jobs", FLAG, False, "Also delete expired job rows."),
-    ("-n --dry-run", FLAG, False, "Plan and report, change nothing."),
-    ("--max-objects", COUNT, None, "Refuse the run if more objects would be deleted."),
-    ("--max-percent", PERCENT, 50, "Refuse the run if more of the keys would be deleted, of the "
-     "objects listed with --orphans, of the rows with --delete-jobs."),
-    ("--max-rate", COUNT, 3000, "Objects deleted per second at most, 0 = no limit."),
-    ("--workers", THREADS, 8, "Concurrent requests; up to four times as many to list."),
-    ("--audit-log", FILE, None, "Append what is deleted to this file, as JSON Lines."),
-    ("--manifest", FILE, None, "Write the plan as an S3 Batch Operations manifest."),
-    ("--json", FLAG, False, "Print the summary as one JSON object."),
-    ("-v --verbose", FLAG, False, "Log more, and show tracebacks."),
-    ("-q --quiet", FLAG, False, "Print nothing but problems."),
-    ("--explain", BARE | {"metavar": "KEY"}, None,
-     "Say what a run would do with this key, and why."),
-    ("--undo", BARE | {"type": FILE, "metavar": "AUDIT_LOG"}, None, "Bring back what one run hid."),
-    ("--undo-rows", BARE | {"type": FILE, "metavar": "AUDIT_LOG"}, None,
-     "Print the SQL that brings back the job rows of one run."),
-    ("--run-id", BARE | {"metavar": "ID"}, None, "The run to undo, if the log holds several."),
+
+def option(names: str, kind: Any, default: Any, text: str, metavar: str | None = None) -> Any:
+    """Where `metavar` says what the value is, no variable can set the option."""
+    more: Any = {"is_flag": kind is bool, "metavar": metavar, "allow_from_autoenv": not metavar}
+    return click.Option(names.split(), type=kind, default=default, help=text, **more)
+
+
+OPTIONS: list[click.Option] = [
+    option("--db-host", str, None, "RDS endpoint, the real one.  [required]"),
+    option("--db-port", PORT, 3306, "Port of the database."),
+    option("--db-user", str, None, "Database user.  [required]"),
+    option("--db-name", str, None, "Schema of the job table.  [required]"),
+    option("--db-table", str, "ndvr_job_status", "TABLE or SCHEMA.TABLE."),
+    option("--ca-bundle", FILE, None, "CA bundle.  [default: rds-ca-bundle.pem beside the script]"),
+    option("--bucket", str, None, "Bucket with the source data.  [required]"),
+    option("--prefix", str, "", "Put before sourceData; nothing outside it is touched."),
+    option("--profile", str, None, "AWS profile.  [default: the AWS chain]"),
+    option("--region", str, None, "AWS region of the database.  [default: the AWS chain]"),
+    option("--retention-days", SOME_DAYS, 90, "Days after completedAt when a TRIAL job expires."),
+    option("--as-of", moment, None, "Expire as of this time, ISO 8601.  [default: database clock]"),
+    option("--orphans", bool, False, "Also delete objects that no job refers to."),
+    option("--orphan-grace-days", DAYS, 7, "Keep orphans younger than this by the real clock."),
+    option("--delete-jobs", bool, False, "Also delete expired job rows."),
+    option("-n --dry-run", bool, False, "Plan and report, change nothing."),
+    option("--max-objects", COUNT, None, "Refuse the run if more objects would be deleted."),
+    option("--max-percent", PERCENT, 50, "Refuse the run if more of the keys would be deleted, "
+           "of the objects listed with --orphans, of the rows with --delete-jobs."),
+    option("--max-rate", COUNT, 3000, "Objects deleted per second at most, 0 = no limit."),
+    option("--workers", THREADS, 8, "Concurrent requests; up to four times as many to list."),
+    option("--audit-log", FILE, None, "Append what is deleted to this file, as JSON Lines."),
+    option("--manifest", FILE, None, "Write the plan as an S3 Batch Operations manifest."),
+    option("--json", bool, False, "Print the summary as one JSON object."),
+    option("-v --verbose", bool, False, "Log more, and show tracebacks."),
+    option("-q --quiet", bool, False, "Print nothing but problems."),
+    option("--explain", str, None, "Say what a run would do with this key, and why.", "KEY"),
+    option("--undo", LOG, None, "Bring back what one run hid.", "AUDIT_LOG"),
+    option("--undo-rows", LOG, None, "Print the SQL that brings its job rows back.", "AUDIT_LOG"),
+    option("--run-id", str, None, "The run to undo, if the log holds several.", "ID"),
 ]  # fmt: skip
 # What must match as a whole, and what to say if it does not. A bucket may be an access point's ARN.
 HOST, PLACE = r"[^\s:/]+|[^\s/]*:[^\s/]*:[^\s/]*", r"arn:.+|[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
@@ -2939,23 +2857,20 @@ SPELLINGS = {
     "db_table": (r"[^.]+(\.[^.]+)?", "is neither TABLE nor SCHEMA.TABLE"),
     "bucket": (PLACE, "is not a bucket name; a path goes into --prefix"),
 }
-NEEDED = ("db_host", "db_user", "db_name", "bucket")  # by a purge; by an undo only the last
+NEEDED = ("db_host", "db_user", "db_name", "bucket")  # but for those that an undo does not take
 ALONE = ("undo", "undo_rows", "explain")  # the options that do something else than a purge
 # What an undo takes of a purge's options.
 OF_UNDO = {"undo", "run_id", "bucket", "profile", "region", "dry_run", "audit_log", "json"}
 OF_UNDO |= {"verbose", "quiet", "workers", "max_rate"}
 OF_UNDO_ROWS = {"undo_rows", "run_id", "verbose", "quiet"}
 
-CONTEXT = {"auto_envvar_prefix": VARIABLES[:-1], "help_option_names": ["-h", "--help"]}
+HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
+CONTEXT = {"auto_envvar_prefix": VARIABLES[:-1], **HELP}
 EPILOG = f"""\b
-Each option can also be set as {VARIABLES}<NAME>, such as
-{VARIABLES}DB_HOST, but for --undo, --undo-rows, --run-id and
---explain; a flag as 1 or 0. A variable of that kind that is no option, or
-is empty, is an error.
-  {PASSWORD_VARIABLE}  instead of an IAM token, for servers
-                               without IAM; without --ca-bundle only
-                               for a loopback host
-  AWS_ENDPOINT_URL_S3          another S3 server
+Each option but --explain, --undo, --undo-rows and --run-id can also be set
+as {VARIABLES}<NAME>, a flag as 1 or 0. A variable of that kind that
+is no option, or is empty, is an error. {PASSWORD_VARIABLE}
+replaces the IAM token; without --ca-bundle only for a loopback host.
 
 \b
 Exit codes:
@@ -2976,21 +2891,10 @@ class Command(click.Command):
         try:
             return super().make_context(*given, **more)
         except click.UsageError as error:  # click itself would print two lines before
-            variable = VARIABLES + str(getattr(getattr(error, "param", None), "name", "")).upper()
-            hint = f" Look at {variable}." if variable in os.environ else ""
-            raise PurgeError(error.format_message() + hint, USAGE) from None
+            raise PurgeError(error.format_message(), USAGE) from None
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    for names, kind, default, text in reversed(OPTIONS):
-        settings = kind if isinstance(kind, dict) else {"type": kind}
-        settings = {"default": default, "help": text, "show_default": True, **settings}
-        command = click.option(*names.split(), **settings)(command)
-    return command
-
-
-@click.command(cls=Command, context_settings=CONTEXT, epilog=EPILOG)
-@with_options
+@click.command(cls=Command, params=OPTIONS, context_settings=CONTEXT, epilog=EPILOG)
 @click.version_option(VERSION, message="%(prog)s %(version)s", allow_from_autoenv=False)
 @click.pass_context
 def main(ctx: click.Context, /, **given: Any) -> None:
@@ -3002,34 +2906,20 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     gc.freeze()  # a tenth of all CPU went into walks over what the imports made
     gc.set_threshold(20_000)
     check_usage(ctx, given)
-    stop, report = Stop(), Report(bucket=given["bucket"] or "", prefix=given["prefix"])
-    undoes, dry_run = given["undo"] is not None, given["dry_run"] or given["explain"] is not None
-    report.mode = ("undo-" * undoes + "dry-run") if dry_run else "undo" if undoes else "purge"
-    schema = "" if "." in given["db_table"] else f"{given['db_name']}."
-    table = schema + given["db_table"]
-    report.table = None if undoes else table
-    output = set_up_output(stop, given, dry_run)
-    ledger = Ledger(report)
+    run = setting_of(given)
+    report = run.ledger.report
     try:
-        stop.listen()
-        report.end(outcome(lambda: carry_out(given, table, output, ledger, stop)))
+        run.stop.listen()
+        report.end(outcome(lambda: carry_out(run, given)))
     except Interrupted:  # here, so that no moment of the run is without a catcher
-        name = signal.Signals(stop.received).name
+        name = signal.Signals(run.stop.received).name
         report.error = f"Stopped by {name}; run again to finish the work."
-        report.exit_code = 128 + stop.received  # as shells have it
-    if output.manifest and report.exit_code == REFUSED and report.mode == "purge":
+        report.exit_code = 128 + run.stop.received  # as shells have it
+    if run.manifest and report.exit_code == REFUSED and report.mode == "purge":
         with suppress(OSError):
-            output.manifest.unlink()  # an earlier run's
-    finish(ledger, output, undo_command(given, report))
+            run.manifest.unlink()  # an earlier run's
+    finish(run)
     sys.exit(report.exit_code)
-
-
-def undo_command(given: dict[str, Any], report: Report) -> str:
-    """The command that takes back what this run hid."""
-    places = {name: given[name] for name in ("bucket", "profile", "region") if given[name]}
-    words = [word for name, value in places.items() for word in (flag(name), value)]
-    words += ["--undo", str(given["audit_log"]), "--run-id", report.run_id]
-    return shlex.join([sys.executable, sys.argv[0], *words])
 
 
 def check(fine: Any, message: str) -> None:
@@ -3039,8 +2929,7 @@ def check(fine: Any, message: str) -> None:
 
 def check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
     """What click cannot check for a single option: variables, required options, files."""
-    names = {*given} - {*ALONE, "run_id"}
-    known = {VARIABLES + name.upper() for name in names} | {PASSWORD_VARIABLE}
+    known = {VARIABLES + name.upper() for name in {*given, "db_password"} - {*ALONE, "run_id"}}
     for name in sorted(name for name in os.environ if name.startswith(VARIABLES)):
         nearest = get_close_matches(name, known, 1, 0)[0]
         check(name in known, f"{name} is no option's variable: do you mean {nearest}?")
@@ -3050,19 +2939,22 @@ def check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
         check_characters(flag(name), value)
     alone = [name for name in ALONE if given[name] is not None]
     check(len(alone) < 2, f"Give only one of {', '.join(map(flag, ALONE))}.")
-    check(not given["run_id"] or {*alone} & {"undo", "undo_rows"}, "--run-id goes with --undo.")
-    allowed = {"undo": OF_UNDO, "undo_rows": OF_UNDO_ROWS}.get("".join(alone), {*given})
+    task = "".join(alone)
+    check(not given["run_id"] or task.startswith("undo"), "--run-id goes with --undo.")
+    allowed = {"undo": OF_UNDO, "undo_rows": OF_UNDO_ROWS}.get(task, {*given})
     for name in given:
         on_line = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        goes = name in allowed or not on_line
-        check(goes, f"{flag(name)} does not go with {' '.join(map(flag, alone))}.")
-    needed = {"undo": NEEDED[3:], "undo_rows": ()}.get("".join(alone), NEEDED)
-    for name in needed:
-        check(given[name], f"Missing option '{flag(name)}'.")
+        check(name in allowed or not on_line, f"{flag(name)} does not go with {flag(task)}.")
+    for name in NEEDED:
+        check(given[name] or name not in allowed, f"Missing option '{flag(name)}'.")
     for name, (pattern, advice) in SPELLINGS.items():
         fine = not given[name] or re.fullmatch(pattern, given[name])
         check(fine, f"{flag(name)}: {given[name]!r} {advice}.")
-    check_files(given)
+    if target := given["manifest"]:  # it is renamed into its place, so it may be no other file
+        check(os.path.isfile(target) or not os.path.exists(target), "--manifest must be a file.")
+        own = {os.path.realpath(target), os.path.realpath(f"{target}.part")}
+        apart = os.path.realpath(given["audit_log"] or "") not in own
+        check(apart, "--manifest and --audit-log must be two files.")
 
 
 def flag(name: str) -> str:
@@ -3078,70 +2970,68 @@ def check_characters(name: str, value: Any) -> None:
     check(text.isascii() or utf8(text.encode(errors="surrogateescape")), f"{name} is not UTF-8.")
 
 
-def check_files(given: dict[str, Any]) -> None:
-    """The manifest is renamed into its place, so it may be no other file."""
-    if not (target := given["manifest"]):
-        return
-    try:
-        check(not target.exists() or target.is_file(), "--manifest must be a file.")
-        logs = {path.resolve() for path in (given["audit_log"], given["undo"]) if path}
-        own = {target.resolve(), target.with_name(f"{target.name}.part").resolve()}
-    except (OSError, RuntimeError) as error:
-        raise PurgeError(f"Cannot use --manifest or --audit-log: {error}.", USAGE) from None
-    check(not logs & own, "--manifest and --audit-log must be two files.")
-
-
-def set_up_output(stop: Stop, given: dict[str, Any], dry_run: bool) -> Output:
+def screen_of(given: dict[str, Any], stop: Stop) -> Screen:
     """Log to standard error, in UTC; print any key on a terminal of any encoding."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller has closed it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None: the caller closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     screen = Screen(stop)
     logging.Formatter.converter = time.gmtime
     log.addHandler(screen)
     level = logging.WARNING if given["quiet"] else logging.INFO
     log.setLevel(logging.DEBUG if given["verbose"] else level)
-    summary = given["explain"] is None and given["undo_rows"] is None
-    flags = (given["json"], given["quiet"], dry_run)
-    return Output(screen, *flags, given["manifest"], given["audit_log"], summary)
+    return screen
 
 
-def carry_out(
-    given: dict[str, Any], table: str, output: Output, ledger: Ledger, stop: Stop
-) -> None:
+def setting_of(given: dict[str, Any]) -> Setting:
+    """Take the command line apart into values."""
+    bucket, prefix, days = given["bucket"], given["prefix"], given["retention_days"]
+    grace = given["orphan_grace_days"] if given["orphans"] else None
+    wishes = Wishes(bucket, prefix, days, given["as_of"], grace, given["delete_jobs"])
+    host, port, user, schema = (given[f"db_{name}"] for name in ("host", "port", "user", "name"))
+    report = report_of(given)
+    password = os.environ.get(PASSWORD_VARIABLE)
+    login = Login(host, port, user, schema, report.table or "", given["ca_bundle"], password)
+    objects, percent = given["max_objects"], given["max_percent"]
+    limits = Limits(objects, percent, given["max_rate"], given["workers"])
+    stop = Stop()
+    screen = screen_of(given, stop)
+    places = [f"--{name}={given[name]}" for name in ("bucket", "profile", "region") if given[name]]
+    words = [*places, "--undo", str(given["audit_log"]), "--run-id", report.run_id]
+    undo = shlex.join([sys.executable, sys.argv[0], *words])
+    as_json = given["json"] and given["explain"] is None and given["undo_rows"] is None
+    same = {name: given[name] for name in ("quiet", "manifest", "audit_log")}
+    return Setting(
+        wishes, login, limits, stop, Ledger(report), screen, Progress(screen), undo, as_json, **same
+    )
+
+
+def report_of(given: dict[str, Any]) -> Report:
+    """An empty report. An undo has no table."""
+    undoes = given["undo"] is not None or given["undo_rows"] is not None
+    is_dry = given["dry_run"] or given["explain"] is not None
+    mode = ("undo-" * undoes + "dry-run") if is_dry else "undo" if undoes else "purge"
+    schema = "" if "." in given["db_table"] else f"{given['db_name']}."
+    table = None if undoes else schema + given["db_table"]
+    return Report(mode=mode, bucket=given["bucket"] or "", prefix=given["prefix"], table=table)
+
+
+def carry_out(run: Setting, given: dict[str, Any]) -> None:
     """Do what the command line asks for. Raises PurgeError."""
     if given["undo_rows"] is not None:
-        with ExitStack() as stack, stop.at_once():
-            hold_source(given["undo_rows"], ledger, stack)
+        with run.stop.at_once(), held(given["undo_rows"], run.ledger):
             for part in rows_sql(given["undo_rows"], given["run_id"]):
-                output.screen.show(part)
+                run.screen.show(part)
         return
-    if output.audit_log and output.summary and not output.dry_run:
-        options = {name: value for name, value in given.items() if value is not None}
-        ledger.start(output.audit_log, options)
-    run = setting_of(given, table, output, ledger, stop)
+    if run.audit_log and not run.ledger.report.is_dry:
+        run.ledger.start(run.audit_log, given)
+    session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
+    run = run._replace(session=session)
     if given["undo"] is not None:
         undo(run, given["undo"], given["run_id"])
     elif given["explain"] is not None:
-        tell_why(run, given["explain"])
+        tell_why(run, given["explain"], given["json"])
     else:
         purge(run)
-
-
-def setting_of(
-    given: dict[str, Any], table: str, output: Output, ledger: Ledger, stop: Stop
-) -> Setting:
-    """Take the command line apart into values."""
-    grace = given["orphan_grace_days"] if given["orphans"] else None
-    bucket, prefix, days = given["bucket"], given["prefix"], given["retention_days"]
-    wishes = Wishes(bucket, prefix, days, given["as_of"], grace, given["delete_jobs"])
-    host, port, user, schema = (given[f"db_{name}"] for name in ("host", "port", "user", "name"))
-    password = os.environ.get(PASSWORD_VARIABLE)
-    login = Login(host, port, user, schema, table, given["ca_bundle"], password)
-    objects, percent = given["max_objects"], given["max_percent"]
-    limits = Limits(objects, percent, given["max_rate"], given["workers"])
-    session = boto3.Session(profile_name=given["profile"], region_name=given["region"])
-    return Setting(wishes, login, limits, output, session, stop, ledger, Progress(output.screen))
 
 
 if __name__ == "__main__":

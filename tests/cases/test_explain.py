@@ -36,8 +36,8 @@ JOBS = {
 EXPIRED = "expired on 2019-04-01"
 # Key, further options, how the verdict begins, whether its object goes.
 VERDICTS = [
-    ("in/gone", (), f"would be deleted: of its 3 jobs the last {EXPIRED}", True),
-    (ODD, (), f"would be deleted: its only job {EXPIRED}", True),
+    ("in/gone", (), f"would be deleted: the last of its jobs {EXPIRED}", True),
+    (ODD, (), f"would be deleted: the last of its jobs {EXPIRED}", True),
     ("in/official", (), "kept: job official1 is OFFICIAL", False),
     ("in/small", (), "kept: job small0 is trial", False),
     ("in/padded", (), "kept: job padded0 is TRIAL ", False),
@@ -51,7 +51,7 @@ VERDICTS = [
     ("in/", ORPHANS, "kept: it lies outside the prefix", False),
     ("in/old", (), "kept: no job refers to it, and --orphans was not given", False),
     ("in/old", ORPHANS, "would be deleted: no job refers to it", True),
-    ("in/new", ORPHANS, "kept: it is younger than the grace period of 7 days", False),
+    ("in/new", ORPHANS, "kept: it is younger than the grace period of orphans", False),
     (f"in/{'x' * 65}", ORPHANS, "kept: doubtful", False),
     ("in/Cafe%CC%81", ORPHANS, "kept: doubtful", False),
 ]

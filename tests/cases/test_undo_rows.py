@@ -187,7 +187,7 @@ def test_what_cannot_be_undone_is_refused_in_one_line(world, path):
     assert "no whole rows" in ended_with(world, path)
     assert "--bucket does not go with" in undo_rows(world, path, "--bucket", "b", code=2)
     path.unlink()
-    assert "Cannot read the audit log" in undo_rows(world, path, code=2)
+    assert "does not exist" in undo_rows(world, path, code=2)
 
 
 def ended_with(world: World, path: Path) -> str:
@@ -203,3 +203,11 @@ def test_a_json_setting_leaves_the_sql_alone(world, path):
     world.purge(*AS_OF, "--delete-jobs", "--audit-log", str(path))
     out = world.purge("--undo-rows", str(path), RETENTION_PURGE_JSON="1").out
     assert out == undo_rows(world, path)
+
+
+def test_a_refused_undo_of_rows_leaves_the_manifest(world, path, tmp_path):
+    world.purge(*AS_OF, "--audit-log", str(path))
+    manifest = tmp_path / "plan.csv"
+    manifest.touch()
+    result = world.purge("--undo-rows", str(path), RETENTION_PURGE_MANIFEST=str(manifest))
+    assert (result.code, manifest.exists()) == (3, True)

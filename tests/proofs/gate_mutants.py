@@ -219,7 +219,7 @@ SWAPS: dict[type, list[type]] = {
 # Outside the gate, and yet what the gate says that it trusts: what the command line was told, the
 # constants above it, and a few helpers that it names. And text that nobody acts on.
 TRUSTED = {"Wishes", "Reason", "query", "database_errors", "s3_config", "PurgeError", "Number",
-           "moment", "with_options", "utf8"}  # fmt: skip
+           "moment", "option", "utf8"}  # fmt: skip
 Mutant = tuple[int, str, Callable[[], None], Callable[[], None]]  # line, what, do, undo
 
 
