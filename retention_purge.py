@@ -107,7 +107,7 @@ LOCK_TIMEOUT = 5
 VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
 S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 # Why the gate keeps a key.
-TOO_YOUNG = "it is younger than the grace period of orphans"
+TOO_YOUNG = "it is an orphan that is too young, or orphans were not asked for"
 IN_USE, UNSPELT = "a job refers to it by now", "doubtful, because no request can spell its name"
 
 
@@ -2432,23 +2432,37 @@ def explain(key: str, gate: Gate, jobs: JobTable, bucket: Bucket, wishes: Wishes
     why = gate.objection(Candidate(key, reason, 0, seen), counts)
     if is_inside and item is None:
         verdict = "nothing to delete: the bucket has no such object"
-    elif why == IN_USE and told:  # the jobs that keep the object come first
-        verdict = f"kept: job {told[0]['job_id']} {told[0]['state']}"
-    elif why == TOO_YOUNG and wishes.orphan_grace_days is None:
-        verdict = "kept: no job refers to it, and --orphans was not given"
     elif why:
-        verdict = f"kept: {why}"
+        verdict = f"kept: {because(why, told, wishes)}"
     elif counts is None and is_doubtful(name, jobs, bucket):
         verdict = "kept: doubtful, because a job may mean it by another spelling of its name"
     elif counts is None:
         verdict = "would be deleted: no job refers to it, and its grace period is over"
     else:
         verdict = f"would be deleted: the last of its jobs {told[0]['state']}"
-    if wishes.rows and counts and counts.expired and why != UNSPELT:
-        verdict += f"; {counts.expired} rows of expired jobs would be deleted"
+    if wishes.rows and counts:
+        verdict += rows_too(counts, is_doubtful=item is not None and why == UNSPELT)
     facts = {"size": int(item.size), "last_modified": item.last_modified} if item else None
     more = counts.jobs - len(told) if counts else 0
     return {"key": key, "object": facts, "jobs": told, "more_jobs": more, "verdict": verdict}
+
+
+def because(why: str, told: list[dict[str, Any]], wishes: Wishes) -> str:
+    """Say the gate's objection in terms of the first job, or of the command line."""
+    if why == IN_USE and told:  # the jobs that keep the object come first
+        return f"job {told[0]['job_id']} {told[0]['state']}"
+    if why == TOO_YOUNG and wishes.orphan_grace_days is None:
+        return "no job refers to it, and --orphans was not given"
+    if why == TOO_YOUNG:
+        return f"younger than the grace period of {wishes.orphan_grace_days} days"
+    return why
+
+
+def rows_too(counts: Counts, is_doubtful: bool) -> str:
+    """What --delete-jobs does. Where a doubtful object stays, its expired jobs stay too."""
+    if not counts.expired or (is_doubtful and counts.expired == counts.jobs):
+        return ""
+    return f"; {counts.expired} rows of expired jobs would be deleted"
 
 
 def facts_of_job(row: tuple[Any, ...], retention_days: int) -> dict[str, Any]:
@@ -2678,9 +2692,22 @@ def guarded_plan(
     reasons += wrong_place(totals, terms, sample, bucket)
     reasons += jobs.row_refusals() if terms.rows else []
     show_plan(plan, run, totals, terms)
+    if report.is_dry and totals.planned.objects and not jobs.indexed:
+        try_recheck(gate, plan)
     if reasons:
         raise PurgeError(f"Refused, nothing was deleted: {'; '.join(reasons)}.", REFUSED)
     return plan, spread(sample.items, WITNESSES)
+
+
+def try_recheck(gate: Gate, plan: Iterable[Candidate]) -> None:
+    """In a dry run: measure a re-check as a real run would make it, without an index."""
+    keys = [item.key for item in next(rounds_of(plan, ROUND_KEYS), [])]
+    started = boot_seconds()
+    gate.known([key.removeprefix(gate.terms.prefix) for key in keys])
+    seconds = boot_seconds() - started
+    if seconds > DEAR_RECHECK:
+        text = "a re-check takes %.1f s without an index on sourceData; a run needs less than %d s"
+        log.warning(text, seconds, MAX_RECHECK_AGE)
 
 
 def make_plan(
@@ -2786,8 +2813,10 @@ def moment(text: str) -> datetime:
     """Type of an option: ISO 8601, taken as UTC if it has no offset."""
     with suppress(ValueError, OverflowError):
         found = datetime.fromisoformat(text)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
-    raise click.BadParameter(f"{text!r} is not ISO 8601, such as 2019-06-03T00:00:00Z.")
+        found = (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+        if found.year >= 1970:
+            return found
+    raise click.BadParameter(f"{text!r} is not ISO 8601 since 1970, such as 2019-06-03T00:00:00Z.")
 
 
 class Number(click.ParamType[Any]):
@@ -2871,6 +2900,7 @@ Each option but --explain, --undo, --undo-rows and --run-id can also be set
 as {VARIABLES}<NAME>, a flag as 1 or 0. A variable of that kind that
 is no option, or is empty, is an error. {PASSWORD_VARIABLE}
 replaces the IAM token; without --ca-bundle only for a loopback host.
+AWS_ENDPOINT_URL_S3 leads to another S3 server.
 
 \b
 Exit codes:
@@ -2891,7 +2921,9 @@ class Command(click.Command):
         try:
             return super().make_context(*given, **more)
         except click.UsageError as error:  # click itself would print two lines before
-            raise PurgeError(error.format_message(), USAGE) from None
+            variable = VARIABLES + str(getattr(getattr(error, "param", None), "name", "")).upper()
+            hint = f" Look at {variable}." if variable in os.environ else ""
+            raise PurgeError(error.format_message() + hint, USAGE) from None
 
 
 @click.command(cls=Command, params=OPTIONS, context_settings=CONTEXT, epilog=EPILOG)

@@ -51,7 +51,7 @@ VERDICTS = [
     ("in/", ORPHANS, "kept: it lies outside the prefix", False),
     ("in/old", (), "kept: no job refers to it, and --orphans was not given", False),
     ("in/old", ORPHANS, "would be deleted: no job refers to it", True),
-    ("in/new", ORPHANS, "kept: it is younger than the grace period of orphans", False),
+    ("in/new", ORPHANS, "kept: younger than the grace period of 7 days", False),
     (f"in/{'x' * 65}", ORPHANS, "kept: doubtful", False),
     ("in/Cafe%CC%81", ORPHANS, "kept: doubtful", False),
 ]
