@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Delete the S3 source data of expired TRIAL jobs, and nothing that a remaining job refers to.
 
-A job table in MySQL names the objects. The key of a job's source data is `prefix + sourceData`.
+A job table in MySQL names the objects. A name is what stands in its column `sourceData`; the key
+of the object is `prefix + sourceData`. Keys are compared as bytes, as S3 compares them.
 
     expired job     `type` is exactly TRIAL, and `completedAt` lies before the cutoff
     remaining job   every other row: OFFICIAL, not completed, unknown type; when in doubt, keep
@@ -11,11 +12,8 @@ A job table in MySQL names the objects. The key of a job's source data is `prefi
     dangling        a key of a remaining job without an object: reported, never acted on
     doubtful        an object that is kept because its name cannot be compared or sent safely
 
-A name is what stands in `sourceData`; a key is what stands in the bucket. Keys are compared as
-bytes, as S3 compares them. Only the objects of expired keys are deleted, and if the command line
-asks for it, orphans and the rows of expired jobs. Whatever cannot be read whole is an error.
-
-The run, in order. An error before step 5 ends it with nothing deleted.
+Only the objects of expired keys are deleted, and if the command line asks for it, orphans and the
+rows of expired jobs. Whatever cannot be read whole is an error. Before step 5 nothing is deleted.
 
     1. A real run takes a lock against other runs. A dry run takes none and writes nothing.
     2. The job table is read at once into a spool file, grouped by key, sorted by its bytes.
@@ -127,11 +125,9 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """SIGHUP, SIGINT, SIGTERM. The first one ends the run in order, a second one at once.
-
-    Inside `at_once` the signal raises Interrupted where it arrives. Elsewhere it is only noted.
-    Then `check` raises, at a place where all that is in flight can be accounted for.
-    """
+    """SIGHUP, SIGINT, SIGTERM. The first one ends the run in order, the same one again at once. It
+    raises Interrupted inside `at_once` where it arrives, elsewhere where `check` is called: there
+    all that is in flight can be accounted for."""
 
     def __init__(self) -> None:
         self.received, self._raises = 0, False  # the number of the signal
@@ -143,9 +139,7 @@ class Stop:
                 signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, _frame: Any) -> None:
-        if self.received:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
+        signal.signal(signum, signal.SIG_DFL)
         self.received = signum
         if self._raises:
             raise Interrupted
@@ -156,7 +150,6 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted at once. So does one that was noted before."""
         self._raises = True
         try:
             self.check()
@@ -228,17 +221,13 @@ class Candidate(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What came of one key: it is deleted if there is no `code`, else the code says why not.
+    """What came of one key. Codes of our own: NotSent, NoAnswer (none about the key, or none at
+    all), InvalidAnswer (not S3's words)."""
 
-    `marker` is the version id of the delete marker in a versioned bucket. `in_doubt` says that the
-    delete may have been done, or may yet be done. Codes of our own: NotSent, NoAnswer (no answer,
-    or none about the key), InvalidAnswer (not S3's words).
-    """
-
-    code: str = ""
+    code: str = ""  # why it is not deleted; "" if it is
     message: str = ""
-    marker: str | None = None
-    in_doubt: bool = False
+    marker: str | None = None  # in a versioned bucket: the version id of the delete marker
+    in_doubt: bool = False  # it may have been deleted, or may yet be
     whole: bool = False  # S3 refused the request as a whole
 
 
@@ -531,8 +520,8 @@ class Gate:
 
 
 # --- Policy, merge and guards: no clock, no network -----------------------------------------------
-# Keys are `str`. Python orders str by code point. That is the order of the UTF-8 bytes, which is
-# the order of an S3 listing. Two str are equal exactly if their bytes are.
+# Keys are `str`. Python compares and orders them by code point, with the same result as by their
+# bytes in UTF-8. That is the order of an S3 listing.
 
 MAX_SKEW = timedelta(minutes=5)  # between the clocks of this host, the database and S3
 SAMPLE = 50  # keys of remaining jobs that are looked for before absence is believed
@@ -580,34 +569,21 @@ class Tally(Counter[str]):
     def __init__(self) -> None:
         super().__init__(expired=0, orphan=0, bytes=0)
 
-    def add(self, item: Any) -> None:
-        self[item.reason] += 1
-        self["bytes"] += item.size
+    def add(self, item: Any, times: int = 1) -> None:
+        self[item.reason] += times
+        self["bytes"] += times * item.size
 
     @property
     def objects(self) -> int:
         return self["expired"] + self["orphan"]
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """Return `count` of the items, or all if there are fewer, at equal distances."""
-    size = len(items)
-    return [items[n * size // count] for n in range(count)] if size > count else [*items]
-
-
-class Sample(Generic[T]):
-    """Keeps up to 2 * SAMPLE of the items that it is given, at equal distances in their stream."""
-
-    def __init__(self) -> None:
-        self.items: list[T] = []
-        self._seen, self._step = 0, 1
-
-    def add(self, item: T) -> None:
-        if self._seen % self._step == 0:
-            self.items.append(item)
-        if len(self.items) > 2 * SAMPLE:
-            self.items, self._step = self.items[::2], 2 * self._step
-        self._seen += 1
+def pick(sample: list[str], seen: int, name: str) -> None:
+    """Keep a fair sample of at most SAMPLE of the `seen` names, of which this is the last one."""
+    if len(sample) < SAMPLE:
+        sample.append(name)
+    elif (place := random.randrange(seen)) < SAMPLE:  # reservoir sampling
+        sample[place] = name
 
 
 @dataclass
@@ -679,14 +655,12 @@ def plan(pairs: Pairs, terms: Terms, totals: Totals, lost: Callable[[str], Any] 
 
 def without_doubtful(items: Plan, totals: Totals, is_doubtful: Callable[[str], bool]) -> Plan:
     """Yield the plan without the orphans that a job may mean, though it spells them otherwise."""
-    totals.planned = Tally()
     for item in items:
         if item.reason == Reason.ORPHAN and is_doubtful(item.key):
             totals.doubtful += 1
-            continue
-        if item.reason in OF_OBJECTS:
-            totals.planned.add(item)
-        yield item
+            totals.planned.add(item, -1)
+        else:
+            yield item
 
 
 def folded(name: str) -> str:
@@ -696,55 +670,39 @@ def folded(name: str) -> str:
 
 
 class Limits(NamedTuple):
-    """What the command line allows. `percent` of keys, objects or rows; `rate` in objects per
-    second, 0 for no limit; `workers` requests at the same time."""
+    """What the command line allows."""
 
     objects: int | None = None
-    percent: float = 50
-    rate: int = 3000
-    workers: int = 8
+    percent: float = 50  # of keys, objects or rows
+    rate: int = 3000  # objects per second, 0 for no limit
+    workers: int = 8  # requests at the same time
 
 
-def shares(totals: Totals, terms: Terms) -> list[tuple[int, int, str]]:
-    """What --max-percent limits: a part, the whole, and what they are."""
+def shares(totals: Totals, terms: Terms) -> Iterator[tuple[int, int, str]]:
+    """Yield what --max-percent limits: a part, the whole, and what they are."""
     planned = totals.planned.objects
-    whole = planned + totals.remaining
-    found = [(planned, whole, "keys that are planned or belong to remaining jobs")]
+    yield planned, planned + totals.remaining, "keys that are planned or belong to remaining jobs"
     if terms.orphans_before is not None:
-        found.append((planned, totals.listed, "objects in the listing"))
+        yield planned, totals.listed, "objects in the listing"
     if terms.rows:
-        found.append((totals.expired_jobs, totals.jobs, "job rows"))
-    return found
+        yield totals.expired_jobs, totals.jobs, "job rows"
 
 
 def refusals(totals: Totals, terms: Terms, limits: Limits) -> Iterator[str]:
     """Yield each reason why this plan must not be carried out."""
-    planned, orphans = totals.planned.objects, totals.planned["orphan"]
+    planned = totals.planned.objects
     if limits.objects is not None and planned > limits.objects:
         yield f"{planned} objects would be deleted, more than --max-objects {limits.objects}"
     for part, whole, name in shares(totals, terms):
         if part > whole * limits.percent / 100:
             share = f"{part} of {whole} {name} would be deleted ({100 * part / whole:.1f} %)"
             yield f"{share}, more than --max-percent {limits.percent:g}"
-    if not totals.remaining and orphans:
+    if totals.planned["orphan"] and not totals.remaining:
         yield f"--orphans, but {totals.jobs} jobs have no remaining one among them: {WRONG_PLACE}"
     found = totals.expired - totals.missing
-    if not totals.remaining and terms.rows and totals.missing and 2 * found < totals.expired:
+    if terms.rows and not totals.remaining and 2 * found < totals.expired:
         told = f"only {found} of {totals.expired} expired keys have an object"
         yield f"rows of missing keys would go, but {told}, and no job remains: {WRONG_PLACE}"
-
-
-def believes_absence(totals: Totals, terms: Terms) -> bool:
-    """Whether anything is concluded from objects that are not there."""
-    all_missing, rows = 0 < totals.expired == totals.missing, terms.rows and totals.missing > 0
-    return all_missing or rows or terms.orphans_before is not None
-
-
-def majority_refusal(looked: int, there: int, example: str) -> Iterator[str]:
-    """Yield a reason if fewer than half of some keys of remaining jobs have an object."""
-    if 2 * there < looked:
-        told = f"only {there} of {looked} keys of remaining jobs have an object"
-        yield f"{told}; {printable(example)}, for one, has none: {WRONG_PLACE}"
 
 
 def clock_refusals(database: timedelta, s3: timedelta) -> Iterator[str]:
@@ -759,12 +717,9 @@ def clock_refusals(database: timedelta, s3: timedelta) -> Iterator[str]:
 def just_before(key: str) -> str:
     """Return a StartAfter value so close below `key` that `key` is normally the first result. It is
     cut before the first character that XML cannot carry, as a listing's answer may repeat it."""
-    below = key[:-1] + chr(max(ord(key[-1]) - 1, 0))
-    head, seek, odd = key[:-1], f"{below}\U0010ffff", NOT_XML.search(below)
-    if odd:
-        head = below[: odd.start()]
-        seek = head + "\ufffd\U0010ffff" * (odd[0] > "\ufffd")
-    return seek if len(seek.encode()) <= KEY_BYTES else head
+    below = key[:-1] + chr(max(ord(key[-1]) - 1, 0)) + "\U0010ffff"
+    seek = NOT_XML.split(re.sub("[\ufffe\uffff]", "\ufffd", below))[0]
+    return seek if len(seek.encode()) <= KEY_BYTES else seek[:-2]
 
 
 def printable(key: str) -> str:
@@ -789,29 +744,26 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def ahead(streams: Iterable[Iterable[T]], width: int, depth: int = 0) -> Iterator[T]:
     """Yield every item in stream order. Up to `width` streams are read at once, each by a thread
     that may run `depth` items ahead of the consumer (0: no limit). Raises what a stream raises."""
+    waiting, running, end = iter(streams), deque[queue.Queue[Any]](), object()
 
     def draw(stream: Iterable[T], results: queue.Queue[Any]) -> None:
         try:
             for item in stream:
-                results.put((item, None))
-            results.put((None, StopIteration()))
+                results.put(item)
+            results.put(end)
         except BaseException as error:
-            results.put((None, error))
+            results.put(error)
 
-    waiting, running = iter(streams), deque[queue.Queue[Any]]()
     while True:
         for stream in islice(waiting, width - len(running)):
             running.append(queue.Queue(depth))
             threading.Thread(target=draw, args=(stream, running[-1]), daemon=True).start()
         if not running:
             return
-        item, error = running[0].get()
-        if error is None:
+        for item in iter(running.popleft().get, end):
+            if isinstance(item, BaseException):
+                raise item
             yield item
-        elif isinstance(error, StopIteration):
-            running.popleft()
-        else:
-            raise error
 
 
 def no_space(error: Exception) -> PurgeError:
@@ -1233,7 +1185,7 @@ def logged(value: Any, is_text: bool) -> Any:
 
 
 def read_references(
-    jobs: JobTable, terms: Terms, totals: Totals, sample: Sample[str]
+    jobs: JobTable, terms: Terms, totals: Totals, sample: list[str]
 ) -> Iterator[Reference]:
     """Yield the references that the run must know, while `totals` counts all of the table: with
     --orphans every one, else those of expired jobs. Most of a table is of remaining jobs."""
@@ -1248,7 +1200,7 @@ def read_references(
         totals.expired += expired == count
         if expired < count:
             totals.remaining += 1
-            sample.add(name)
+            pick(sample, totals.remaining, name)
         if every or (expired if rows else expired == count):
             yield Reference(prefix + name, count, expired)
     if totals.nameless:
@@ -1265,11 +1217,11 @@ def utf8(raw: bytes) -> str | None:
 
 # --- S3: what lies in the bucket, and what S3 says ------------------------------------------------
 
-# Without --orphans, a page with fewer wanted keys is not worth its parsing: each key is sought by
-# itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
-SPARSE, SEEK = 25, 10
-# References whose objects are listed ahead: all objects, or theirs alone. Pages ahead of a part.
-LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 6
+# Without --orphans, a page with less than one wanted key in SPARSE objects is not worth parsing:
+# each key is sought by itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
+SPARSE, SEEK = 40, 10
+# References whose objects are listed ahead. Where all objects are listed: pages ahead of a part.
+KEYS_AHEAD, PAGES_AHEAD = 32_000, 6
 END = "\U0010ffff" * KEY_BYTES  # above every key
 # The root of the answer to each operation that reads.
 ROOTS = {
@@ -1277,6 +1229,7 @@ ROOTS = {
     "ListObjectVersions": "ListVersionsResult",
     "GetBucketVersioning": "Versioning",
 }
+WHOLE = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?<([\w:]+)[^>]*(?:/>|>.*</\1>)\s*", re.DOTALL)
 # Of an object in a listing.
 MOMENT = r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(?:\.\d+)?Z"
 PATTERNS = {"Key": "[^<]*", "Size": "[0-9]+", "LastModified": MOMENT}
@@ -1284,6 +1237,7 @@ COLUMNS = [re.compile(f"<{tag}>({content})</{tag}>", re.ASCII) for tag, content 
 OBJECTS = re.compile("<Contents>.*</Contents>", re.DOTALL)
 # S3's codes (S3 API reference, "List of error codes") and what to do.
 BUCKET_ADVICE = {
+    "AccessDenied": "The AWS identity needs {right}.",
     "NoSuchBucket": "Check --bucket.",
     "ExpiredToken": "The AWS credentials ended; run again with fresh ones.",
     "InvalidAccessKeyId": "The AWS access key does not exist: check --profile, the credentials.",
@@ -1302,10 +1256,6 @@ class Page(NamedTuple):
     token: str | None
     bucket: str
     begins: list[str]  # where, as it was asked for: after a key, or with a token
-
-    @property
-    def last(self) -> str:
-        return self.objects[-1].key if self.objects else ""
 
 
 class Version(NamedTuple):
@@ -1367,8 +1317,7 @@ class Bucket:
         self, after: str = "", limit: int = PAGE, token: str | None = None, prefix: str = ""
     ) -> Page:
         """Return up to `limit` objects after the key `after`, where `token` may continue the
-        listing; at least one, unless there are no more. A page without keys, but with a token, is
-        followed."""
+        listing. A page without keys, but with a token, is followed."""
         while True:
             where: Any = {"ContinuationToken": token} if token else {"StartAfter": after}
             where |= {"Prefix": prefix or self.prefix, "MaxKeys": limit}
@@ -1378,8 +1327,7 @@ class Bucket:
             self._check(page, after, token or after)
             if page.objects or page.token is None:
                 if not prefix:  # nothing lies between these, which spares other parts a request
-                    end = page.last or after, END
-                    self._gap = (after, page.objects[0].key) if page.token else end
+                    self._gap = after, page.objects[0].key if page.objects else END
                 return page
             if page.token == token:
                 raise PurgeError(f"The listing of {self.name} does not go on: same token again.")
@@ -1404,53 +1352,49 @@ class Bucket:
         return found[0] if found and found[0].key == key else None
 
     def objects(self, references: Spool[Reference], whole: bool) -> Iterator[S3Object]:
-        """Yield all objects if `whole`, else at least those that the references name, in order.
-
-        The references cut the listing into parts, and several parts are listed at the same time.
-        That takes about as many requests as there are references, or, where these lie densely, as
-        the bucket has pages.
-        """
-        count = len(references)
+        """Yield all objects if `whole`, else at least those that the references name, in order. The
+        references cut the listing into parts, and several parts are listed at the same time. It
+        takes about a request a reference or, where these lie densely, a page of the bucket."""
+        count, enough = len(references), PAGE // SPARSE  # wanted keys on a page
         first = self.page("" if whole or not count else just_before(references[0].key))
         if first.token is None or not (whole or count):
             yield from first.objects
             return
-        near = [reference.key for reference in references.slice(0, min(count, PAGE))]
-        dense = whole or is_dense(bisect_right(near, first.last), first)
+        dense = whole or (count > enough and references[enough].key <= first.objects[-1].key)
         # A page keeps the CPU busy and the memory full. A seek mostly waits.
-        width = self.workers if dense else 4 * self.workers
-        size = max(min(count, LISTED_AHEAD if whole else SOUGHT_AHEAD) // width, 1)
-
-        def part(start: int) -> Iterator[list[S3Object]] | None:
-            keys = [item.key for item in references.slice(start, min(start + size, count))]
-            low = references[start - 1].key if start else ""
-            if whole:
-                keys = [END[1:] if start + size >= count else keys[-1]]
-            begin, end = self._gap  # both at once: other threads replace it
-            if begin <= low and keys[-1] < end:
-                return None
-            return self._part(low, keys, whole, PAGE if dense else SEEK)
-
-        parts = filter(None, map(part, range(0, max(count, 1), size)))
+        width, limit = (self.workers, PAGE) if dense else (4 * self.workers, SEEK)
+        size = max(min(count, KEYS_AHEAD) // width, 1)
+        places = ((start, min(start + size, count)) for start in range(0, max(count, 1), size))
+        parts = (self._part(references, *place, whole, limit) for place in places)
         yield from chain.from_iterable(ahead(parts, width, PAGES_AHEAD if whole else 0))
 
-    def _part(self, low: str, keys: list[str], whole: bool, limit: int) -> Iterator[list[S3Object]]:
-        """Yield lists of objects above `low`, up to the last of the sorted `keys`: all if `whole`,
-        else those with one of the keys. Then each request starts just before the next wanted key.
-        The first request lists `limit` objects."""
-        wanted, place, token = {*keys}, 0, None
-        after = just_before(low) if NOT_XML.search(low) else low
+    def _part(
+        self, references: Spool[Reference], start: int, end: int, whole: bool, limit: int
+    ) -> Iterator[list[S3Object]]:
+        """Yield lists of objects: if `whole`, all from above the reference before `start` up to the
+        one before `end`. Else those with a key of these references; then each request starts just
+        before the next wanted key. The first request lists `limit` objects."""
+        keys = [item.key for item in references.slice(start, end)]
+        low = references[start - 1].key if start else ""
+        if whole:
+            keys = [END if end == len(references) else keys[-1]]
+        nothing_above, nothing_below = self._gap  # both at once: other threads replace it
+        if nothing_above <= low and keys[-1] < nothing_below:
+            return
+        wanted, place, token, after = {*keys}, 0, None, just_before(low) if low else ""
         while place < len(keys):
-            if not whole and (token is None or just_before(keys[place]) > after):
-                after, token = just_before(keys[place]), None
+            seek = just_before(keys[place])
+            if not whole and seek > after:
+                after, token = seek, None
             page = self.page(after, limit, token)
-            known = [item for item in page.objects if low < item.key <= keys[-1]]
-            yield known if whole else [item for item in known if item.key in wanted]
+            known = (item for item in page.objects if low < item.key <= keys[-1])
+            yield [item for item in known if whole or item.key in wanted]
             if page.token is None:
                 return
-            after, token, sought = page.last, page.token, place
+            after, token, sought = page.objects[-1].key, page.token, place
             place = bisect_right(keys, after, place)
-            limit = PAGE if whole or is_dense(place - sought, page) else SEEK
+            is_dense = (place - sought - 1) * SPARSE >= len(page.objects)  # the first was sought
+            limit = PAGE if whole or is_dense else SEEK
 
     def each(self, ask: Callable[[str], T], keys: Iterable[str]) -> Iterator[T]:
         """Yield the answers for some keys, in their order. Several are asked for at once."""
@@ -1461,8 +1405,6 @@ class Bucket:
         doing = f"Cannot list the versions in bucket {self.name}"
         with bucket_errors(doing, "s3:ListBucketVersions"):
             answer: Any = self._read.list_object_versions(Bucket=self.name, Prefix=key, MaxKeys=50)
-        if answer.get("EncodingType") != "url" and NOT_XML.search(key):
-            raise PurgeError(f"{doing}: the server cannot spell {printable(key)}.")
         # The versions of the key come before those of longer keys. Of two of the same second a
         # marker counts as the later one: nothing is restored on a guess.
         found = [
@@ -1474,37 +1416,25 @@ class Bucket:
         return sorted(found, key=lambda it: (it.is_latest, it.modified, it.is_marker), reverse=True)
 
 
-def is_dense(references: int, page: Page) -> bool:
-    """Whether so many references on a page are worth its parsing; the first of them was sought."""
-    return (references - 1) * PAGE >= SPARSE * (len(page.objects) - 1)
-
-
 def check_answer(operation_model: Any, response_dict: Any, **more: Any) -> None:
-    """Event `before-parse`: check that the body answers the operation, and parse a listing.
-
-    botocore accepts whatever is well-formed, and spends most of its time on timestamps. An answer
-    that is not what S3 documents becomes a 500 with the code InvalidAnswer, which is tried again.
-    """
+    """Event `before-parse`: check that the body answers the operation, and parse a listing. An
+    answer that is not what S3 documents becomes a 500 with the code InvalidAnswer, which is tried
+    again. botocore accepts whatever is well-formed, and spends most of its time on timestamps."""
     wanted = ROOTS.get(operation_model.name)
     if wanted is None or response_dict["status_code"] >= 300:
         return
     try:
         body = response_dict["body"].decode()
-        root = re.match(r"\s*(?:<\?xml[^>]*\?>\s*)?<([\w:]+)[^>]*?(/?)>", body)
-        if root and root[1] == "Error":
-            return  # botocore knows these: S3 answers 200 before it knows that it fails
+        root = WHOLE.fullmatch(body)
         if not root or wanted not in root[1]:
-            raise ValueError(f"no <{wanted}>")
-        if not root[2] and not body.rstrip().endswith(f"</{root[1]}>"):
-            raise ValueError("the end is missing")
+            raise ValueError(f"no <{wanted}>, or not its end")
         if wanted == "ListVersionsResult":
             only("IsTruncated", body)
         if wanted == "ListBucketResult":
             more["customized_response_dict"]["Page"] = parse_listing(body)  # added to its result
             response_dict["body"] = b""
     except (ElementTree.ParseError, ValueError) as error:
-        log.debug("invalid answer from S3: %s", error)
-        fault = f"<Code>InvalidAnswer</Code><Message>{type(error).__name__}</Message>"
+        fault = f"<Code>InvalidAnswer</Code><Message>{escape(str(error))}</Message>"
         response_dict.update(status_code=500, body=f"<Error>{fault}</Error>".encode())
 
 
@@ -1541,37 +1471,35 @@ def plain(text: str) -> str:
 
 def read_verdicts(answer: Any, keys: Sequence[str], fault: str) -> list[Verdict]:
     """Read S3's answer to a DeleteObjects request, given as (status, body), or None if there was
-    none because of `fault`. Return a verdict for each key, in order.
-
-    Only S3's own words are believed. All else, such as what a gateway says, leaves keys in doubt.
-    """
+    none because of `fault`. Return a verdict for each key, in order. Only S3's own words are
+    believed. All else, such as what a gateway says, leaves keys in doubt."""
     if answer is None:
         return [Verdict("NoAnswer", fault, in_doubt=True)] * len(keys)
     status, body = answer
     root = ElementTree.Element("none")
     with suppress(ElementTree.ParseError, ValueError, LookupError):
         root = ElementTree.fromstring(body)
-    if local(root) == "Error":
-        return [refusal(root)._replace(whole=True)] * len(keys)
-    if (local(root), status) != ("DeleteResult", 200):
+    space = root.tag.rpartition("}")[0] + "}" * ("}" in root.tag)  # the namespace of every tag
+    if root.tag == f"{space}Error":
+        return [refusal(root, space)._replace(whole=True)] * len(keys)
+    if (root.tag, status) != (f"{space}DeleteResult", 200):
         message = f"the answer with HTTP status {status} is not in S3's words"
         return [Verdict("InvalidAnswer", message, in_doubt=True)] * len(keys)
-    found: dict[str, Verdict] = {}
-    for item in root:
-        facts = texts(item)
-        if local(item) == "Error":  # of two answers to a key the error counts
-            found[facts.get("Key", "")] = refusal(item)
-        elif local(item) == "Deleted":
-            marker = facts.get("DeleteMarkerVersionId")
-            found.setdefault(facts.get("Key", ""), Verdict(marker=marker))
+    name, marker = f"{space}Key", f"{space}DeleteMarkerVersionId"
+    found = {
+        item.findtext(name): Verdict(marker=item.findtext(marker))
+        for item in root.iterfind(f"{space}Deleted")
+    }
+    for item in root.iterfind(f"{space}Error"):  # of two answers to a key the error counts
+        found[item.findtext(name)] = refusal(item, space)
     silence = Verdict("NoAnswer", "S3's answer does not mention the key", in_doubt=True)
     return [found.get(key, silence) for key in keys]
 
 
-def refusal(error: ElementTree.Element) -> Verdict:
-    facts = texts(error)
-    code = facts.get("Code") or "unknown"
-    return Verdict(code, facts.get("Message", ""), in_doubt=not is_certain(code))
+def refusal(error: ElementTree.Element, space: str) -> Verdict:
+    code = error.findtext(f"{space}Code") or "unknown"
+    message = error.findtext(f"{space}Message", "")
+    return Verdict(code, message, in_doubt=not is_certain(code))
 
 
 def is_certain(code: str) -> bool:
@@ -1580,17 +1508,8 @@ def is_certain(code: str) -> bool:
     return bool(re.fullmatch("[A-Z][A-Za-z]+", code)) and code not in MAYBE_DONE
 
 
-def texts(element: ElementTree.Element) -> dict[str, str]:
-    return {local(child): child.text or "" for child in element}
-
-
-def local(element: ElementTree.Element) -> str:
-    """The tag without its namespace."""
-    return element.tag.rpartition("}")[2]
-
-
 @contextmanager
-def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
+def bucket_errors(doing: str, right: str) -> Iterator[None]:
     """Turn what botocore raises into a PurgeError of one line: what was done, why it failed.
     `right` is the IAM permission that it takes."""
     try:
@@ -1605,8 +1524,7 @@ def bucket_errors(doing: str, right: str = "") -> Iterator[None]:
 
 
 def advice_for(code: str, right: str) -> str:
-    needs = f"The AWS identity needs {right}." if code == "AccessDenied" else ""
-    return needs or BUCKET_ADVICE.get(code, "")
+    return BUCKET_ADVICE.get(code, "").format(right=right)
 
 
 # --- Report: what is counted, logged and returned -------------------------------------------------
@@ -1745,24 +1663,21 @@ class Ledger:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.file: io.FileIO | None = None
-        self._path = Path()
         self._broken: OSError | None = None
-        self._causes: dict[str, list[str]] = {}  # what happened -> the keys, the first three
-        self._counts: Counter[str] = Counter()
+        # What happened -> how many keys it happened to, and the first three of them.
+        self._causes: dict[str, tuple[int, list[str]]] = {}
 
     def start(self, path: Path, settings: dict[str, Any]) -> None:
         """Raises PurgeError if the file cannot be appended to, or if another process uses it."""
-        self._path = path
         try:
             file = io.FileIO(path, "a+", opener=lambda name, how: os.open(name, how, 0o600))
             hold(file, path, fcntl.LOCK_EX)
             self.file = file
-            if os.fstat(self.file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            if os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 log.warning("%s can be written by others than its owner: chmod 600", path)
-            if self.file.seek(0, os.SEEK_END):
-                self.file.seek(-1, os.SEEK_END)
-                if self.file.read() != b"\n":  # a run that was killed left its last line cut
-                    self.file.write(b"\n")
+            size = file.seek(0, os.SEEK_END)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                file.write(b"\n")  # a run that was killed left its last line cut
         except OSError as error:
             message = f"Cannot write the audit log {path}: {error.strerror}."
             raise PurgeError(message, USAGE) from error
@@ -1786,7 +1701,7 @@ class Ledger:
                 os.fsync(self.file.fileno())
         except OSError as error:
             self._broken = error
-            reason = f"Cannot write the audit log {self._path}: {error.strerror}."
+            reason = f"Cannot write the audit log {self.file.name}: {error.strerror}."
             raise PurgeError(f"{reason} Mend that and run again.") from error
 
     def intend(self, items: Sequence[Any]) -> None:
@@ -1810,19 +1725,18 @@ class Ledger:
     def _note(self, cause: str, key: str) -> None:
         if len(self._causes) >= 20 and cause not in self._causes:
             cause = f"{cause.partition(':')[0]}: other causes"
-        self._counts[cause] += 1
-        keys = self._causes.setdefault(cause, [])
-        keys += [printable(key)] * (len(keys) < 3)
+        count, keys = self._causes.get(cause, (0, []))
+        self._causes[cause] = count + 1, [*keys, printable(key)][:3]
 
     def end(self) -> None:
         """Write the summary. Raises PurgeError if the log has a gap."""
         self.write("end", [self.report.as_dict()], sync=True)
 
     def tell_causes(self) -> None:
-        for cause, keys in self._causes.items():
-            more = ", ..." if self._counts[cause] > len(keys) else ""
+        for cause, (count, keys) in self._causes.items():
+            more = ", ..." if count > len(keys) else ""
             level = logging.ERROR if cause.startswith("failed") else logging.WARNING
-            log.log(level, "%d keys %s (%s%s)", self._counts[cause], cause, ", ".join(keys), more)
+            log.log(level, "%d keys %s (%s%s)", count, cause, ", ".join(keys), more)
 
 
 # --- Rounds: the plan is carried out --------------------------------------------------------------
@@ -1919,21 +1833,13 @@ class Rounds:
     serves the round.
     """
 
-    def __init__(
-        self,
-        gate: Gate,
-        jobs: JobTable,
-        ledger: Ledger,
-        stop: Stop,
-        limits: Limits,
-        witnesses: Sequence[str],
-    ) -> None:
-        self._gate, self._jobs, self._ledger, self._stop = gate, jobs, ledger, stop
-        self._workers, self._pace = limits.workers, Pace(limits.rate)
-        self._size = min(BATCH, limits.rate or BATCH)  # keys in one request
-        self._versioned = ledger.report.versioning == "enabled"
-        self._witnesses, self._advised, self._silent = witnesses, False, 0
-        self._in_flight = self._lost = self._locked = 0
+    def __init__(self, gate: Gate, jobs: JobTable, run: Setting, witnesses: Sequence[str]) -> None:
+        self._gate, self._jobs, self._witnesses = gate, jobs, witnesses
+        self._ledger, self._stop, self._workers = run.ledger, run.stop, run.limits.workers
+        self._pace, self._size = Pace(run.limits.rate), min(BATCH, run.limits.rate or BATCH)
+        self._versioned = run.ledger.report.versioning == "enabled"
+        self._in_flight = self._silent = self._lost = self._locked = 0
+        self._advised = False
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of _request, for _settle
 
     def run(self, plan: Spool[Candidate]) -> Iterator[Candidate]:
@@ -2003,11 +1909,7 @@ class Rounds:
         if seconds > DEAR_RECHECK and not (self._jobs.indexed or self._advised):
             self._advised = True
             log.warning("a re-check took %.1f s: %s", seconds, advice)
-        ends: list[End] = []
-        for key, why in stay.items():
-            tried = self._pending.pop(key)
-            end = self._failed(tried, Verdict("", why)) if tried.lost else None
-            ends.append(end or ("retained", tried.item, {"message": why}))
+        ends = [self._ended("retained", key, Verdict(message=why)) for key, why in stay.items()]
         self._ledger.account(ends)
         return permits
 
@@ -2041,23 +1943,19 @@ class Rounds:
         for key, verdict in zip(permit.keys, verdicts, strict=True):
             tried = self._pending[key]
             tried.verdict, tried.lost = verdict, tried.lost or verdict.in_doubt
+            # In a versioned bucket a second delete would put a second marker on top of the first.
+            is_final = self._versioned if verdict.in_doubt else verdict.code not in BUSY
             if not verdict.code:
                 self._gone.add(key)
                 marker = {"version_id": verdict.marker} if verdict.marker else {}
                 ends.append(("deleted", self._pending.pop(key).item, marker))
-            elif self._is_final(verdict):
-                ends.append(self._failed(self._pending.pop(key), verdict))
+            elif is_final:
+                ends.append(self._ended("failed", key, verdict))
         self._ledger.account(ends)
         self._pace.answered(again=len(ends) < len(permit.keys))
         if error is not None:
             raise error
         self._stop_if_hopeless(verdicts)
-
-    def _is_final(self, verdict: Verdict) -> bool:
-        """Whether the key is not tried again. In a versioned bucket a second delete would put a
-        second marker on top of the first, so a key in doubt has failed: the next run looks again.
-        """
-        return self._versioned if verdict.in_doubt else verdict.code not in BUSY
 
     def _stop_if_hopeless(self, verdicts: list[Verdict]) -> None:
         name = self._ledger.report.bucket
@@ -2074,16 +1972,18 @@ class Rounds:
     def _give_up(self, tries: int) -> None:
         """Keys that were tried so often have failed."""
         tired = [key for key, tried in self._pending.items() if tried.tries >= tries]
-        ends = [self._failed(tried, tried.verdict) for tried in map(self._pending.pop, tired)]
+        ends = [self._ended("failed", key, self._pending[key].verdict) for key in tired]
         self._ledger.account(ends)
 
-    def _failed(self, tried: Tried, verdict: Verdict) -> End:
-        """The end of a key that failed. If an earlier request had no answer, say that the key may
-        still be deleted."""
+    def _ended(self, event: str, key: str, verdict: Verdict) -> End:
+        """The end of a key that is not deleted. It has failed if an earlier request had no answer:
+        it may still be deleted."""
+        tried = self._pending.pop(key)
         if tried.lost:
             why = f"{verdict.message or verdict.code}; it may yet be deleted"
-            verdict = Verdict("NoAnswer", why)
-        return "failed", tried.item, {"code": verdict.code, "message": verdict.message}
+            event, verdict = "failed", Verdict("NoAnswer", why)
+        facts = {"code": verdict.code, "message": verdict.message}
+        return event, tried.item, {name: fact for name, fact in facts.items() if fact}
 
     def _delete_rows(self, items: list[Candidate]) -> None:
         """Delete the rows of expired jobs whose object is gone in this round, was listed as absent,
@@ -2095,7 +1995,9 @@ class Rounds:
         names |= {item.key[start:] for item in items if item.reason == Reason.MISSING}
         shared = {item.key[start:] for item in items if item.reason == Reason.SHARED}
         with self._stop.at_once():
-            _, known = self._gate.known(shared) if shared else (True, {})
+            ours, known = self._gate.known(shared) if shared else (True, {})
+        if not ours:
+            raise PurgeError(f"The database session {NOT_OURS}. No rows go; run again.")
         names |= {name for name, counts in known.items() if counts.expired < counts.jobs}
         more, report, prefix = bool(names), self._ledger.report, self._gate.terms.prefix
         while more:
@@ -2513,7 +2415,7 @@ def show_plan(plan: Spool[Candidate], run: Setting, totals: Totals, terms: Terms
         return
     objects = (item for item in plan if item.reason in OF_OBJECTS)
     if screen.out_is_terminal:
-        places = spread(range(totals.planned.objects), 10)
+        places = {n * totals.planned.objects // 10 for n in range(10)}
         objects = (item for place, item in enumerate(objects) if place in places)
     lines = (f"{it.reason}\t{it.size}\t{it.last_modified}\t{printable(it.key)}" for it in objects)
     for chunk in chunks(lines, 1000):
@@ -2671,7 +2573,7 @@ def purge(run: Setting) -> None:
             if run.manifest:
                 write_manifest(plan, bucket.name, run.manifest)
         if not run.ledger.report.is_dry:
-            rounds = Rounds(gate, jobs, run.ledger, run.stop, run.limits, witnesses)
+            rounds = Rounds(gate, jobs, run, witnesses)
             deque(run.progress.over(rounds.run(plan), "deleting", len(plan)), maxlen=0)
 
 
@@ -2680,7 +2582,7 @@ def guarded_plan(
 ) -> tuple[Spool[Candidate], list[str]]:
     """Return the plan, shown in a dry run, and names of remaining jobs as witnesses. Raises
     PurgeError if a guard refuses the plan."""
-    terms, report, totals, sample = gate.terms, run.ledger.report, Totals(), Sample[str]()
+    terms, report, totals, sample = gate.terms, run.ledger.report, Totals(), list[str]()
     report.cutoff = terms.cutoff.isoformat()
     reasons = [*clock_refusals(terms.now - datetime.now(UTC), lead)]
     plan = make_plan(run, bucket, terms, jobs, totals, sample)
@@ -2696,7 +2598,7 @@ def guarded_plan(
         try_recheck(gate, plan)
     if reasons:
         raise PurgeError(f"Refused, nothing was deleted: {'; '.join(reasons)}.", REFUSED)
-    return plan, spread(sample.items, WITNESSES)
+    return plan, sample
 
 
 def try_recheck(gate: Gate, plan: Iterable[Candidate]) -> None:
@@ -2711,7 +2613,7 @@ def try_recheck(gate: Gate, plan: Iterable[Candidate]) -> None:
 
 
 def make_plan(
-    run: Setting, bucket: Bucket, terms: Terms, jobs: JobTable, totals: Totals, sample: Sample[str]
+    run: Setting, bucket: Bucket, terms: Terms, jobs: JobTable, totals: Totals, sample: list[str]
 ) -> Spool[Candidate]:
     """Read the table, list what the terms need of the bucket, merge, and keep the plan."""
     whole, over, start = terms.orphans_before is not None, run.progress.over, len(terms.prefix)
@@ -2738,18 +2640,21 @@ def make_plan(
     return candidates
 
 
-def wrong_place(totals: Totals, terms: Terms, sample: Sample[str], bucket: Bucket) -> Iterable[str]:
-    """Return a reason to refuse if absence would be believed, but most keys of remaining jobs are
-    not in the bucket: of all of them where all is listed, else of a sample."""
-    if not totals.remaining or not believes_absence(totals, terms):
-        return ()
-    if terms.orphans_before is not None:
-        there = totals.remaining - totals.dangling
-        return majority_refusal(totals.remaining, there, totals.dangling_key)
-    keys = [terms.prefix + name for name in spread(sample.items, SAMPLE)]
-    found = bucket.each(bucket.find, keys)
-    lost = [key for key, item in zip(keys, found, strict=True) if item is None]
-    return majority_refusal(len(keys), len(keys) - len(lost), lost[0] if lost else "")
+def wrong_place(totals: Totals, terms: Terms, sample: list[str], bucket: Bucket) -> Iterator[str]:
+    """Yield a reason to refuse if something is concluded from absence, but fewer than half of the
+    keys of remaining jobs have an object: of all of them where all is listed, else of a sample."""
+    whole, all_missing = terms.orphans_before is not None, 0 < totals.expired == totals.missing
+    if not (whole or all_missing or (terms.rows and totals.missing)):
+        return
+    looked, lost, example = totals.remaining, totals.dangling, totals.dangling_key
+    if not whole:
+        keys = [terms.prefix + name for name in sample]
+        found = zip(keys, bucket.each(bucket.find, keys), strict=True)
+        absent = [key for key, item in found if item is None]
+        looked, lost, example = len(keys), len(absent), (absent or [""])[0]
+    if 2 * lost > looked:
+        told = f"only {looked - lost} of {looked} keys of remaining jobs have an object"
+        yield f"{told}; {printable(example)}, for one, has none: {WRONG_PLACE}"
 
 
 def undo(run: Setting, source: Path, run_id: str | None) -> None:

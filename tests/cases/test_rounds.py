@@ -153,9 +153,9 @@ def carry_out(
     jobs: Any = SimpleNamespace(indexed=indexed, **table)
     sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 1700, "FIRST_PAUSE": 0, "LAST_PAUSE": 0}
     threads = patch.object(threading.Thread, "start", start_or_not)
-    limits = rp.Limits(rate=rate, workers=workers)
+    run: Any = SimpleNamespace(ledger=book, stop=stop, limits=rp.Limits(rate=rate, workers=workers))
     with patch.multiple(rp, **sizes | more), patch.object(rp.log, "disabled", True), threads:
-        done = rp.Rounds(gate, jobs, book, stop, limits, WITNESSES).run(rp.Spool(plan))
+        done = rp.Rounds(gate, jobs, run, WITNESSES).run(rp.Spool(plan))
         for wanted, item in zip(plan, done, strict=True):
             ends = book.keys(*ENDS)
             assert item == wanted

@@ -190,7 +190,7 @@ def read(box: Sandbox) -> None:
     connection = box.database.admin(database=DATABASE)
     gate = gate_of(box, connection)
     jobs = rp.JobTable(connection, gate)
-    rp.Spool(rp.read_references(jobs, gate.terms, rp.Totals(), rp.Sample()))
+    rp.Spool(rp.read_references(jobs, gate.terms, rp.Totals(), []))
 
 
 def spools(count: int) -> str:

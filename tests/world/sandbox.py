@@ -44,15 +44,17 @@ Job = tuple[str, str | None, str | None, str]
 Object = tuple[str, int]  # key and bytes
 
 
-def shallow(version: Any, _memo: Any) -> Any:
-    copied = object.__new__(type(version))
-    copied.__dict__ |= version.__dict__
-    return copied
+def copied(version: Any, _memo: Any) -> Any:
+    copy = object.__new__(type(version))
+    copy.__dict__ |= version.__dict__
+    return copy
 
 
-# moto copies all versions in the bucket for each listing of versions: nine tenths of its time.
+# moto copies all versions in the bucket, whole, for each listing: nine tenths of its time. The copy
+# shares the body, so its end must not close it.
+FakeKey.__del__ = lambda _: None
 for kind in (FakeKey, FakeDeleteMarker):
-    kind.__deepcopy__ = shallow
+    kind.__deepcopy__ = copied
 
 
 @dataclass
