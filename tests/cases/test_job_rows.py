@@ -198,6 +198,27 @@ def test_a_shared_key_whose_remaining_job_has_gone_keeps_its_expired_row(world, 
     assert "incoming_000001" in world.box.live_keys()
 
 
+MOVED = """
+def moved(gate, names, real=rp.Gate.known):
+    if names == {'incoming_000001'}:
+        gate._connection.cursor().execute("SET time_zone = '+05:00'")
+    return real(gate, names)
+rp.Gate.known = moved
+"""
+
+
+def test_no_row_is_read_by_a_session_that_is_not_ours(world, tmp_path):
+    """A proxy changes it before the question about a shared key. Under another time zone the log
+    would not have the moments of the rows."""
+    sql(world.box, f"INSERT INTO {TABLE} VALUES ('e', '{OLD}', 'TRIAL', 'incoming_000001')")
+    path, before = tmp_path / "log", world.box.job_ids()
+    result = world.purge(*AS_OF, "--delete-jobs", "--audit-log", str(path), patch=MOVED)
+    assert result.code == 1, result.err
+    assert events(path, "delete-job") == []
+    assert "is not as it was set" in result.error
+    assert world.box.job_ids() == before
+
+
 @pytest.mark.parametrize("column", ["type", "completedAt", "sourceData", "jobId"])
 def test_a_row_that_changed_after_it_was_read_stays(world, column):
     change = f"SET {column} = '2020-01-01' WHERE sourceData = 'incoming_000036'"
