@@ -449,12 +449,10 @@ class Gate:
         wanted = {name.encode(): name for name in names}
         nonce = time.monotonic_ns()  # it ties the answer to this question
         self._run("ROLLBACK")  # an open transaction would answer from its snapshot
-        references = f"SELECT {self._counts} {self._source} WHERE {self.among(names)} GROUP BY 1"
-        sql = f"SELECT NULL, {self._witness}, {nonce} UNION ALL {references}"
-        rows = self._run(sql)
-        found = {row[0]: Counts(*row[1:]) for row in rows if row[0] is not None}
+        question = f"SELECT NULL, {self._witness}, {nonce} UNION ALL SELECT {self._counts} "
+        rows = self._run(f"{question}{self._source} WHERE {self.among(names)} GROUP BY 1")
         ours = [row[1:] for row in rows if row[0] is None] == [(1, nonce)]
-        return ours, {name: found[raw] for raw, name in wanted.items() if raw in found}
+        return ours, {wanted[row[0]]: Counts(*row[1:]) for row in rows if row[0] in wanted}
 
     def objection(self, item: Candidate, counts: Counts | None) -> str:
         """Why the key must stay, by what is known of its name; "" if it may go."""
