@@ -45,7 +45,6 @@ import random
 import re
 import select
 import shlex
-import shutil
 import signal
 import socket
 import sqlite3
@@ -897,7 +896,8 @@ class Progress:
             share = f" of {total:,} ({100 * count // total} %)" if total else ""
             line = f"{phase}: {count:,}{share}, {count / (now - started):,.0f}/s"
             if self._shows and not done.is_set():
-                self._screen.tell(line[: shutil.get_terminal_size().columns - 1], end="")
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                self._screen.tell(line[: columns - 1], end="")
             if now - told >= 60:
                 told, self._due = now, True
                 if not self._shows:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import termios
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote
@@ -100,20 +101,23 @@ def on_terminal(world: World, columns: int, *arguments: str, out: Any = None) ->
     return shown.decode().replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("columns", [40, 80])
-def test_on_a_terminal_each_phase_shows_its_progress_in_one_line(world, proxy, columns):
+@pytest.mark.parametrize(("columns", "place"), [(24, None), (80, None), (24, os.devnull)])
+def test_on_a_terminal_each_phase_shows_its_progress_in_one_line(world, proxy, columns, place):
+    """Also if standard output is a file."""
+
     def slow(request: Request) -> None:
         if request.operation in ("list", "delete"):
             time.sleep(1.6)
 
     proxy.before = slow
-    shown = on_terminal(world, columns, *AS_OF)
+    with open(place, "w") if place else nullcontext() as out:
+        shown = on_terminal(world, columns, *AS_OF, out=out)
     drawn = shown.split("\r\x1b[K")
     progress = [
         text for text in drawn if re.match(r"(reading references|listing|deleting): ", text)
     ]
     for phase in "listing: 0", "deleting: 0 of 17 (0 %), 0/s":
-        assert any(text.startswith(phase) for text in progress), drawn
+        assert any(text.startswith(phase[: columns - 1]) for text in progress), drawn
     assert max(map(len, progress)) < columns, "it wraps, and each redraw takes a new line"
     assert not [text for text in progress if "\n" in text]
     assert not re.search(r"None| left|\bETA\b", shown)
