@@ -1218,8 +1218,8 @@ def utf8(raw: bytes) -> str | None:
 # Without --orphans, a page with less than one wanted key in SPARSE objects is not worth parsing:
 # each key is sought by itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
 SPARSE, SEEK = 40, 10
-# References whose objects are listed ahead. Where all objects are listed: pages ahead of a part.
-KEYS_AHEAD, PAGES_AHEAD = 32_000, 6
+# References whose objects are listed ahead: all objects, or theirs alone. Pages ahead of a part.
+LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 6
 END = "\U0010ffff" * KEY_BYTES  # above every key
 # The root of the answer to each operation that reads.
 ROOTS = {
@@ -1361,7 +1361,7 @@ class Bucket:
         dense = whole or (count > enough and references[enough].key <= first.objects[-1].key)
         # A page keeps the CPU busy and the memory full. A seek mostly waits.
         width, limit = (self.workers, PAGE) if dense else (4 * self.workers, SEEK)
-        size = max(min(count, KEYS_AHEAD) // width, 1)
+        size = max(min(count, LISTED_AHEAD if whole else SOUGHT_AHEAD) // width, 1)
         places = ((start, min(start + size, count)) for start in range(0, max(count, 1), size))
         parts = (self._part(references, *place, whole, limit) for place in places)
         yield from chain.from_iterable(ahead(parts, width, PAGES_AHEAD if whole else 0))

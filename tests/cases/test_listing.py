@@ -68,7 +68,7 @@ def test_each_pair_is_found_once_however_the_listing_is_cut(objects, wanted, who
     if dice:
         bucket.store.page = short
     constants = {"PAGE": page, "BLOCK": page, "SEEK": min(page, 2), "SPARSE": sparse}
-    with patch.multiple(rp, KEYS_AHEAD=8 * page, **constants):
+    with patch.multiple(rp, LISTED_AHEAD=4 * page, SOUGHT_AHEAD=8 * page, **constants):
         assert [*pairs(bucket, wanted, whole)] == expected(objects, wanted, whole)
     sought = [query.get("start-after", "") for query in bucket.asked]
     assert not any(map(rp.NOT_XML.search, sought)), "S3 could not repeat it in its answer"

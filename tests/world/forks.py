@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 import types
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,6 +24,12 @@ from typing import Any
 
 SCRIPT = Path(__file__).resolve().parents[2] / "retention_purge.py"
 SECONDS = 180  # that a run may take
+
+
+@cache
+def compiled(source: str) -> types.CodeType:
+    """The script, compiled once for all runs of the same text."""
+    return compile(source, str(SCRIPT), "exec")
 
 
 def child(request: dict[str, Any], streams: list[int]) -> int:
@@ -36,9 +43,9 @@ def child(request: dict[str, Any], streams: list[int]) -> int:
     sys.argv = [str(SCRIPT), *request["arguments"]]
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     module.__file__ = str(SCRIPT)
-    source, code = request["code"] or SCRIPT.read_text(), 0
+    code = 0
     try:
-        exec(compile(source, str(SCRIPT), "exec"), module.__dict__)
+        exec(compiled(request["code"]), module.__dict__)
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except BaseException:
@@ -70,9 +77,13 @@ def serve(channel: socket.socket) -> None:
         data = b""
         while len(data) < int(head):
             data += channel.recv(int(head) - len(data))
+        request = json.loads(data)
+        request["code"] = request["code"] or SCRIPT.read_text()
+        with suppress(SyntaxError):  # the child will say so
+            compiled(request["code"])
         pid = os.fork()
         if pid == 0:
-            os._exit(child(json.loads(data), streams))
+            os._exit(child(request, streams))
         for stream in streams:
             os.close(stream)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
