@@ -2868,8 +2868,9 @@ def check_usage(ctx: click.Context, given: dict[str, Any]) -> None:
     """What click cannot check for a single option: variables, required options, files."""
     known = {VARIABLES + name.upper() for name in {*given, "db_password"} - {*ALONE, "run_id"}}
     for name in sorted(name for name in os.environ if name.startswith(VARIABLES)):
-        nearest = get_close_matches(name, known, 1, 0)[0]
-        check(name in known, f"{name} is no option's variable: do you mean {nearest}?")
+        if name not in known:
+            nearest = get_close_matches(name, known, 1, 0)[0]
+            raise PurgeError(f"{name} is no option's variable: do you mean {nearest}?", USAGE)
         check(os.environ[name].strip(), f"{name} is empty: give it a value, or unset it.")
         check_characters(name, os.environ[name])
     for name, value in given.items():

@@ -17,7 +17,7 @@ import threading
 import traceback
 import types
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -67,7 +67,8 @@ def serve(channel: socket.socket) -> None:
     from botocore.loaders import JSONFileLoader
 
     # botocore's models of the services are read once, as they are in one session.
-    JSONFileLoader.load_file = cache(JSONFileLoader.load_file)  # type: ignore[method-assign]
+    load = cache(partial(JSONFileLoader.load_file, JSONFileLoader()))
+    JSONFileLoader.load_file = lambda _, path: load(path)  # type: ignore[method-assign]
     for service in ("s3", "rds"):
         boto3.Session("key", "secret", region_name="eu-west-1").client(service)
     while True:
