@@ -30,13 +30,15 @@ def play(server: str, seeds: range) -> Counter[tuple[str, str]]:
     """In a process of its own: these schedules in one sandbox; what broke, and which failed."""
     injected = Counter[tuple[str, str]]()
     with sandbox(server) as box:
-        for seed in seeds:
+        for count, seed in enumerate(seeds, 1):
             try:
                 injected += run_schedule(box, seed)
             except Exception:
                 alone = f"--schedules 1 --seed {seed} --servers {server}"
                 injected["failed", alone] += 1
                 print(f"\nFAILED; alone: {alone}\n{traceback.format_exc()}", flush=True)
+            if count % 10 == 0:
+                print(f"{server}: {count} of {len(seeds)} played", flush=True)
     return injected
 
 
