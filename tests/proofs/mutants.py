@@ -262,7 +262,7 @@ MUTANTS: list[tuple[str, str, Patch, str, str]] = [
     ("contract", "a control character may stand in a value", function("check_characters", lambda *_: None), "slips", "carriage or bell"),
     ("contract", "others may read its files", function("os.open", lambda original, path, flags, mode=0o777, **named: original(path, flags, mode | 0o044, **named)), "slips", "its_owners"),
     ("contract", "an index that the server ignores will do", function("JobTable.__init__", indexed), "slips", "does_not_use"),
-    ("contract", "an explanation shows one job of a key", function("JobTable.jobs_of", lambda original, *args: original(*args)[:1]), "explain", "listed_up_to_20"),
+    ("contract", "an explanation shows one job of a key", function("JobTable.jobs_of", lambda original, jobs, name, most: original(jobs, name, most=1)), "explain", "listed_up_to_20"),
     ("contract", "the rate is ignored", function("Pace.sent", lambda *_: None), "rounds", "rate"),
     ("contract", "a request holds more keys than the rate", function("Rounds.__init__", full_requests), "rounds", "exactly_once"),
 ]
