@@ -124,9 +124,9 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """SIGHUP, SIGINT, SIGTERM. The first one ends the run in order, the same one again at once. It
-    raises Interrupted inside `at_once` where it arrives, elsewhere where `check` is called: there
-    all that is in flight can be accounted for."""
+    """SIGHUP, SIGINT, SIGTERM. The first one ends the run in order. The same one again ends it at
+    once. Inside `at_once` a signal raises Interrupted where it arrives. Elsewhere `check` raises
+    it, at a place where all that is in flight can be accounted for."""
 
     def __init__(self) -> None:
         self.received, self._raises = 0, False  # the number of the signal
@@ -141,6 +141,7 @@ class Stop:
         signal.signal(signum, signal.SIG_DFL)
         self.received = signum
         if self._raises:
+            self._raises = False  # another signal must not disturb the way out
             raise Interrupted
 
     def check(self) -> None:
@@ -2399,7 +2400,7 @@ def explanation(facts: dict[str, Any]) -> str:
     if facts["more_jobs"]:
         lines.append(f"jobs     {facts['more_jobs']} more")
     for event in facts.get("history", []):
-        code = f" ({event['code']})" if event.get("code") else ""
+        code = f" ({event['code']})" if event["code"] else ""
         lines.append(f"earlier  {event['time']} run {event['run_id']}: {event['event']}{code}")
     return "\n".join([*lines, f"verdict  {facts['verdict']}"])
 
@@ -2706,8 +2707,9 @@ def tell_why(run: Setting, key: str, as_json: bool) -> None:
         bucket, gate, jobs, _ = open_all(run, stack)
         facts = explain(key, gate, jobs, bucket, run.wishes)
         if run.audit_log and run.audit_log.exists():
-            events = log_events(run.audit_log, [])
-            facts["history"] = [event for event in events if event.get("key") == key]
+            events = (e for e in log_events(run.audit_log, []) if e.get("key") == key)
+            told = ("time", "run_id", "event", "code")
+            facts["history"] = [{name: event.get(name) for name in told} for event in events]
         run.screen.show(json.dumps(facts, default=str) if as_json else explanation(facts))
 
 
@@ -2763,7 +2765,8 @@ OPTIONS: list[click.Option] = [
     option("--prefix", str, "", "Put before sourceData; nothing outside it is touched."),
     option("--profile", str, None, "AWS profile.  [default: the AWS chain]"),
     option("--region", str, None, "AWS region of the database.  [default: the AWS chain]"),
-    option("--retention-days", SOME_DAYS, 90, "Days after completedAt when a TRIAL job expires."),
+    option("--retention-days", SOME_DAYS, 90,
+           "Days after completedAt at which a TRIAL job expires."),
     option("--as-of", moment, None, "Expire as of this time, ISO 8601.  [default: database clock]"),
     option("--orphans", bool, False, "Also delete objects that no job refers to."),
     option("--orphan-grace-days", DAYS, 7, "Keep orphans younger than this by the real clock."),
@@ -2781,7 +2784,7 @@ OPTIONS: list[click.Option] = [
     option("-q --quiet", bool, False, "Print nothing but problems."),
     option("--explain", str, None, "Say what a run would do with this key, and why.", "KEY"),
     option("--undo", LOG, None, "Bring back what one run hid.", "AUDIT_LOG"),
-    option("--undo-rows", LOG, None, "Print the SQL that brings its job rows back.", "AUDIT_LOG"),
+    option("--undo-rows", LOG, None, "Print SQL that brings back the run's job rows.", "AUDIT_LOG"),
     option("--run-id", str, None, "The run to undo, if the log holds several.", "ID"),
 ]  # fmt: skip
 # What must match as a whole, and what to say if it does not. A bucket may be an access point's ARN.

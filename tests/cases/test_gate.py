@@ -561,8 +561,6 @@ LINES = TEXT.splitlines()
 BANNERS = [n for n, line in enumerate(LINES, 1) if line.startswith("# --- ")]
 (START,) = [n for n in BANNERS if "gate" in LINES[n - 1]]
 END = min(n for n in BANNERS if n > START) - 1
-while not LINES[END - 1].strip():
-    END -= 1
 GATE = range(START, END + 1)
 
 
