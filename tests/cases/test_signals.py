@@ -18,6 +18,8 @@ from conftest import AS_OF, Held, ended, events, expire, until_gone
 from proxies import Answer
 from test_recheck import locked_table
 
+import retention_purge as rp
+
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 def test_what_is_in_flight_finishes_and_the_next_run_does_the_rest(world, proxy, tmp_path, signum):
@@ -150,3 +152,20 @@ def test_it_is_heeded_while_nobody_reads_the_log(world, proxy, tmp_path):
     os.close(writer)
     assert (proxy.count("list"), events(path)[-1]["exit_code"]) == (0, 130)
     assert len(world.box.live_keys()) == 48
+
+
+def test_another_signal_does_not_disturb_the_way_out():
+    """A terminal that is closed may send two. The same one again ends the run at once."""
+    stop, ended_well = rp.Stop(), False
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        with suppress(rp.Interrupted), stop.at_once():
+            try:
+                stop._receive(signal.SIGHUP, None)
+            finally:
+                stop._receive(signal.SIGTERM, None)
+                ended_well = True
+        assert (ended_well, signal.getsignal(signal.SIGHUP)) == (True, signal.SIG_DFL)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
