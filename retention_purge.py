@@ -2484,7 +2484,8 @@ def show_summary(run: Setting) -> None:
     if report.requests["delete"] and report.recoverable:
         text += f"\n{'undo':<24}{run.undo}"
     if report.deleted.objects and report.undoes:
-        text += "\nThe next purge deletes these keys again: stop it, or let a job keep them."
+        text += "\nThe next run deletes these keys again, unless the schedule is stopped or a job "
+        text += "keeps them."
     screen.show(text)
     if report.is_dry and screen.err_is_terminal and not screen.out_is_terminal:
         screen.tell(text)  # the plan went into a file

@@ -65,7 +65,7 @@ def test_it_brings_back_exactly_what_the_log_records_and_says_what_comes_next(wo
     undone = world.purge(*options)
     assert (undone.code, "\ndeleted" in undone.out) == (0, False)
     assert "restored                expired 17, orphan 3, bytes 420" in undone.out
-    assert "The next purge deletes these keys again" in undone.out
+    assert "The next run deletes these keys again" in undone.out
     assert world.box.live_keys() == [key for key in before if key != "incoming_000001"]
     assert markers(world) == 1
 
