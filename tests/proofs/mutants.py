@@ -35,7 +35,7 @@ Patch = Callable[[dict[str, Any]], None]  # of the script's names
 
 
 def stale() -> None:
-    STALE.touch()
+    STALE.write_text("")
     os._exit(3)
 
 
@@ -50,7 +50,7 @@ def function(name: str, broken: Callable[..., Any], fires: bool = True) -> Patch
         @wraps(original)
         def called(*args: Any, **named: Any) -> Any:
             if fires:
-                FIRED.touch()
+                FIRED.write_text("")
             try:
                 return broken(original, *args, **named)
             except (AttributeError, LookupError, NameError, TypeError, ValueError) as error:
@@ -67,7 +67,7 @@ def function(name: str, broken: Callable[..., Any], fires: bool = True) -> Patch
 def constants(**changes: Callable[[Any], Any]) -> Patch:
     def patch(names: dict[str, Any]) -> None:
         names.update({name: change(names[name]) for name, change in changes.items()})
-        FIRED.touch()
+        FIRED.write_text("")
 
     return patch
 
@@ -78,7 +78,7 @@ def sql(pattern: str, new: Any) -> Patch:
     def execute(original: Any, cursor: Any, text: str, args: Any = None) -> Any:
         changed = re.sub(pattern, new, text)
         if changed != text:
-            FIRED.touch()
+            FIRED.write_text("")
         return original(cursor, changed, args)
 
     return function("pymysql.cursors.Cursor.execute", execute, fires=False)
@@ -90,7 +90,7 @@ def answer(change: Callable[[bytes], bytes]) -> Patch:
     def read(original: Any, *, response_dict: Any, **named: Any) -> Any:
         changed = change(response_dict["body"])
         if changed != response_dict["body"]:
-            FIRED.touch()
+            FIRED.write_text("")
             response_dict["body"] = changed
         return original(response_dict=response_dict, **named)
 
