@@ -15,7 +15,7 @@ import pytest
 from conftest import AS_OF, EVERYTHING, OLD, version
 from faults import S3_FAULTS, Scene, keys_of
 from sandbox import BUCKET, TABLE, Sandbox
-from script import World, ended
+from script import World
 
 # 30 expired keys, 10 kept ones, 5 orphans: in batches and pages of 7 keys, from either end.
 EXPIRED = {f"e{n:02}" for n in range(30)}
@@ -106,7 +106,7 @@ def test_in_a_versioned_bucket_what_is_in_doubt_has_failed_and_no_marker_is_stac
     versions = scene.box.s3().list_object_versions(Bucket=BUCKET)
     markers = Counter(item["Key"] for item in versions["DeleteMarkers"])
     assert {*markers.values()} == {1}, "delete markers are stacked"
-    undone = ended(World.start(scene, "--undo", str(scene.audit), "--json"))
+    undone = World.purge(scene, "--undo", str(scene.audit), "--json")
     assert (undone.code, scene.box.live_keys()) == (0, sorted(run.before))
     converges(scene)
 

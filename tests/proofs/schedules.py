@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from faults import Answer, Forward, Run, Scene
 from proxies import Request
 from sandbox import BUCKET, COLUMNS, DATABASE, TABLE, Job, Sandbox
-from script import World, ended
+from script import World
 
 ANCHORS = [f"anchor{n:02}" for n in range(99)]  # jobs that remain, and their names
 AS_OF = ("--as-of", "2019-06-03T00:00:00Z")
@@ -398,7 +398,7 @@ def undo(scene: Scene, draw: Draw) -> None:
         keys = {event["key"] for event in intents if event["run_id"] == run_id}
         hidden = keys - set(scene.box.live_keys())
         options = ("--json", "--undo", str(scene.audit), "--run-id", run_id)
-        summary = ended(World.start(scene, *options)).summary
+        summary = World.purge(scene, *options).summary
         live, told = set(scene.box.live_keys()), summary["restored"]
         assert keys <= live, "not restored"
         assert (told["expired"] + told["orphan"], summary["retained"]) == (len(hidden), 0)

@@ -337,15 +337,26 @@ class Scene(World):
 
     # What is run.
 
-    def start(self, *arguments: str, **settings: Any) -> Process:
-        """A run with an audit log that answers in JSON."""
+    def _begin(self) -> tuple[str, ...]:
+        """What stood before the run; the options of each run."""
         self._before, self._logged = set(self.box.live_keys()), self.audit.read_bytes().count(b"\n")
         self._asked, self.signals = len(self.s3.requests), 0
-        return super().start("--json", "--audit-log", str(self.audit), *arguments, **settings)
+        return "--json", "--audit-log", str(self.audit)
+
+    def start(self, *arguments: str, **settings: Any) -> Process:
+        """A run with an audit log that answers in JSON, which signals can reach."""
+        return super().start(*self._begin(), *arguments, **settings)
 
     def finish(self) -> Run:
         """Wait for the run; what it left, verified."""
-        told = astuple(ended(self.processes[-1]))
+        return self._verified(ended(self.processes[-1]))
+
+    def purge(self, *arguments: str, **settings: Any) -> Run:
+        """The same, of a run that no signal is sent to."""
+        return self._verified(super().purge(*self._begin(), *arguments, **settings))
+
+    def _verified(self, result: Result) -> Run:
+        told = astuple(result)
         self.s3.settle()
         # The server still works for a run that was killed, and keeps its lock, for a moment.
         mine = f"SELECT 1 FROM information_schema.processlist WHERE user = '{USER}'"
@@ -356,10 +367,6 @@ class Scene(World):
         run = Run(*told, self._before, after, events, asked, self.signals, self.limit)
         verify(run)
         return run
-
-    def purge(self, *arguments: str, **settings: Any) -> Run:
-        self.start(*arguments, **settings)
-        return self.finish()
 
     def converges(self, *arguments: str) -> Run:
         """Without faults a run finishes the work, and the next finds nothing to do; the first."""

@@ -127,6 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     """Asks its `S3Proxy` for each answer."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its head
 
     def handle_any(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
