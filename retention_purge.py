@@ -5,7 +5,7 @@ A job table in MySQL names the objects. A name is what stands in its column `sou
 of the object is `prefix + sourceData`. Keys are compared as bytes, as S3 compares them.
 
     expired job     `type` is exactly TRIAL, and `completedAt` lies before the cutoff
-    remaining job   every other row: OFFICIAL, not completed, unknown type; when in doubt, keep
+    remaining job   any other row: OFFICIAL, completed later, not completed, of unknown type
     expired key     at least one expired job refers to it, and no remaining job does
     orphan          an object that no job refers to, older than the grace period
     missing         an expired key without an object
@@ -15,7 +15,7 @@ of the object is `prefix + sourceData`. Keys are compared as bytes, as S3 compar
 Only the objects of expired keys are deleted, and if the command line asks for it, orphans and the
 rows of expired jobs. Whatever cannot be read whole is an error. Before step 5 nothing is deleted.
 
-    1. A real run takes a lock against other runs. A dry run takes none and writes nothing.
+    1. A real run takes a lock against other runs. A dry run takes none, and deletes nothing.
     2. The job table is read at once into a spool file, grouped by key, sorted by its bytes.
     3. The bucket's listing has the same order. It is merged with the spool into the plan.
     4. Guards may refuse the plan. A dry run prints it and ends.
@@ -25,8 +25,8 @@ rows of expired jobs. Whatever cannot be read whole is an error. Before step 5 n
 READ THE GATE FIRST. It is the section after the words. Every delete leaves the program there.
 A key's way: Reference -> outer_join -> reason_of -> Candidate -> refusals -> Gate.ask -> Permit ->
 Ledger.intend -> Gate.delete -> Wire._last_look -> Ledger.account. The cutoff's way: Wishes -> Terms
--> Gate.expired, the SQL of every statement. The way of a Ctrl-C: Stop -> Interrupted, at once while
-the run only reads, else before the next request -> Rounds accounts for what is in flight -> main ->
+-> Gate.expired, the SQL of every statement. A Ctrl-C's way: Stop -> Interrupted (while the run only
+reads: at once; else before the next request) -> Rounds accounts for what is in flight -> main ->
 Ledger.end -> exit code 130.
 """
 
@@ -95,8 +95,8 @@ PAGE, BATCH, KEY_BYTES = 1000, 1000, 1024
 # XML 1.0 cannot carry these characters (W3C, production 2), and a carriage return comes back as a
 # line feed. No DeleteObjects request can name such a key safely, so its object is kept.
 NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# Seconds. A connection to S3 may not take long, because the re-check grows old meanwhile. The
-# longer an answer to a delete is awaited, the rarer is a delete that S3 carries out later.
+# Seconds. A connection to S3 may not take long, because the re-check grows old meanwhile. A long
+# wait for the answer to a delete makes it rare that S3 deletes after we gave up.
 S3_CONNECT_TIMEOUT, LIST_TIMEOUT, DELETE_TIMEOUT = 3, 30, 60
 # Seconds that a DELETE of rows waits for a lock. Less than RECHECK_TIMEOUT, or the client would
 # give up a statement that still waits on the server.
@@ -105,6 +105,7 @@ VARIABLES, PASSWORD_VARIABLE = "RETENTION_PURGE_", "RETENTION_PURGE_DB_PASSWORD"
 S3_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 # Why the gate keeps a key.
 TOO_YOUNG = "it is an orphan that is too young, or orphans were not asked for"
+RELOADED = "the remaining jobs are not in the table as before"
 IN_USE, UNSPELT = "a job refers to it by now", "doubtful, because no request can spell its name"
 
 
@@ -242,20 +243,20 @@ class Row(NamedTuple):
 # --- The gate: every delete leaves the program here -----------------------------------------------
 # Read this section first; it can be read alone. Whatever is wrong in the rest of the file:
 # - no object goes that a remaining job referred to when the table was asked, at most
-#   MAX_RECHECK_AGE seconds before the request left;
+#   MAX_RECHECK_AGE seconds before the first byte of the request left;
 # - nothing outside the prefix goes, and no orphan that is too young or was not asked for;
 # - no version of an object goes, only delete markers, and these only to bring objects back;
 # - no job row goes that is not expired.
-# Taken on trust: the command line (`Wishes`); an orphan's date, as the listing gave it; that no job
-# spells its name in another way; of this file PurgeError, query, database_errors, s3_config,
-# read_verdicts, the words, the constants above. That a row goes after its object lies outside.
+# Taken on trust: the command line (`Wishes`), connection, table and lock; an orphan's listed date;
+# that no job spells its name in another way; of this file PurgeError, query, database_errors,
+# s3_config, read_verdicts, the words, the constants above. Unchecked: a row goes after its object.
 # The way of an object: Gate.ask -> known (the table answers) -> objection (must it stay?) -> Permit
 # -> Gate.delete -> Wire._post (writes the body) -> _last_look (connected; same bytes; in time).
 
 MAX_RECHECK_AGE, WITNESSES = 30, 20  # seconds; names of remaining jobs that vouch for the table
-# No setting of the server may decide. With autocommit = 0 a re-check sees an old snapshot. The time
-# zone moves TIMESTAMP values, a row limit cuts answers, SQL modes change strings. MariaDB alone
-# reads M!: a system-versioned table must not answer with its past, and long IN lists stay fast.
+# The server's settings must not matter. With autocommit = 0 a re-check sees an old snapshot. The
+# time zone moves TIMESTAMP values, a row limit cuts answers, SQL modes change strings. Only MariaDB
+# reads /*M! */: a system-versioned table answers with its present, and long IN lists stay fast.
 SESSION = (
     "ROLLBACK",
     "SET NAMES utf8mb4, autocommit = 1, time_zone = '+00:00', sql_mode = '', sql_safe_updates = 0, "
@@ -275,8 +276,8 @@ WITNESS = (
     "/*M!100318 AND @@system_versioning_asof = 'DEFAULT' */"
 )
 NOT_OURS = "is not as it was set, lost its lock, or its server is read-only by now"
-# SQL for a text whose UTF-8 bytes are given in hexadecimal digits: no SQL mode changes its meaning.
-# And for the bytes of a text column: equal only if identical, and ordered as in S3.
+# TEXT: a text, given as its UTF-8 bytes in hexadecimal digits. No SQL mode changes its meaning.
+# TEXT_BYTES: the bytes of a text column. They are equal only if identical, and ordered as in S3.
 TEXT = "_utf8mb4 x'%s'"
 TEXT_BYTES = "CAST(CONVERT({} USING utf8mb4) AS BINARY)"
 NAME = f"IFNULL({TEXT_BYTES.format('`sourceData`')}, '')"
@@ -336,20 +337,22 @@ def watched(pool: Any, look: Callable[[str, str, Any], None]) -> Any:
 
 class Wire:
     """The way to one bucket, for any thread. A GET may leave, and a POST that the gate wrote.
-    `count` is told of each POST how old its re-check was (seconds) when it left."""
+    `count` gets the ages (seconds) of the re-checks of the POSTs that left, more in a redirect."""
 
     def __init__(self, session: boto3.Session, bucket: str, workers: int, count: Any) -> None:
         self.bucket, self._count, self._own = bucket, count, threading.local()
-        name = re.escape(re.split("[/:]", bucket)[-1])  # in the path, or before the host's name
-        self._here = re.compile(rf"/{name}\?delete$|(^|/){name}(-\d{{12}})?\.[^/]*/\?delete$")
+        name = re.escape(re.split("[/:]", bucket)[-1]) + r"-\d{12}" * (":" in bucket)  # an ARN's
+        self._here = re.compile(rf"/{name}\?delete$|(^|/){name}\.[^/]*/\?delete$")  # path or host
         self.reader = self._watch(session.client("s3", config=s3_config(workers, LIST_TIMEOUT)))
         self._writer = self._watch(session.client("s3", config=s3_config(workers, DELETE_TIMEOUT)))
         events = self._writer.meta.events
-        events.register_last("before-call.s3.DeleteObjects", self._put_body)
+        events.register_last(
+            "before-call.s3.DeleteObjects", lambda params, **_: params.update(body=self._own.body)
+        )
         events.register_first("before-parse.*", self._take_answer)
 
     def _watch(self, client: Any) -> Any:
-        # Not public, so botocore is pinned. A new client has no pools yet; proxies share the dict.
+        # Private, so botocore is pinned. It is changed before any pool exists; proxies share it.
         pools = client._endpoint.http_session._pool_classes_by_scheme
         pools.update({scheme: watched(pool, self._last_look) for scheme, pool in pools.items()})
         return client
@@ -362,11 +365,8 @@ class Wire:
             raise PurgeError("a request was about to leave that the gate did not write")
         if (age := boot_seconds() - own.asked) > MAX_RECHECK_AGE:
             raise PurgeError(f"its re-check was {age:.0f} s old when it was about to leave")
-        own.left = True
-        self._count(age)
-
-    def _put_body(self, params: dict[str, Any], **_: Any) -> None:
-        params["body"] = self._own.body
+        own.ages.append(age)
+        own.answer = None  # of a redirect
 
     def _take_answer(self, response_dict: Any, operation_model: Any, **_: Any) -> None:
         self._own.answer = response_dict["status_code"], response_dict["body"]
@@ -379,17 +379,18 @@ class Wire:
         objects = (f"<Key>{escape(key)}</Key>{v and version(escape(v))}" for key, v in items)
         body = "".join(f"<Object>{item}</Object>" for item in objects)  # Quiet would prove nothing
         own.body = f'<Delete xmlns="{S3_NAMESPACE}">{body}</Delete>'.encode()
-        own.asked, own.left, own.answer = asked, False, None
+        own.asked, own.ages, own.answer = asked, [], None
         try:
             self._writer.delete_objects(Bucket=self.bucket, Delete={"Objects": []})
         except Exception as error:  # whatever it is: S3's own words are in own.answer
             fault = str(error)
         finally:
             own.body = b""
-        if own.left:
+        if own.ages:  # it left
+            self._count(own.ages)
             return read_verdicts(own.answer, [key for key, _ in items], fault)
         if own.answer is not None:
-            raise PurgeError("A delete was answered that did not leave. Nothing more is deleted.")
+            raise PurgeError("S3 answered a delete that did not leave. Nothing more is deleted.")
         return [Verdict("NotSent", fault)] * len(items)  # certainly not done
 
     def restore(self, markers: Sequence[tuple[str, str]]) -> list[Verdict]:
@@ -397,32 +398,34 @@ class Wire:
         goes only if it is still the latest version of its key. Return a verdict for each."""
         verdicts = dict.fromkeys(markers, Verdict("NotLatest", "it is not the latest version"))
         good = []
-        for key, version_id in markers:
+        for key, version_id in verdicts:
             found = self._writer.list_object_versions(Bucket=self.bucket, Prefix=key, MaxKeys=50)
             named = {"Key": key, "VersionId": version_id, "IsLatest": True}.items()
             is_there = any(named <= item.items() for item in found.get("DeleteMarkers", []))
             if is_there and version_id not in ("", "null") and not NOT_XML.search(key):
                 good.append((key, version_id))
         verdicts |= zip(good, self._post(good, boot_seconds()) if good else [], strict=True)
-        return [*verdicts.values()]
+        return [verdicts[marker] for marker in markers]
 
 
 class Gate:
     """Asks the job table SCHEMA.TABLE, and lets go what may go. One thread asks; any may delete. A
-    real run holds `lock`. What has no underscore is for others to read; the gate has its own."""
+    real run holds `lock`. Others read the public names. The gate decides by its private ones."""
 
     def __init__(self, wire: Wire, connection: Any, table: str, lock: str, wishes: Wishes) -> None:
         self._wire, self._connection, self.table = wire, connection, table
+        if wire.bucket != wishes.bucket:
+            raise PurgeError("The way to S3 leads to another bucket. Nothing was deleted.")
         for statement in SESSION:
             self._run(statement, "set up the session for")
-        ((now,),) = self._run("SELECT UTC_TIMESTAMP(6)", "ask the clock of the database of")
+        ((now,),) = self._run("SELECT SYSDATE(6)", "ask the clock of the database of")
         self._witness = WITNESS.format(lock)
         self.terms = self._terms = terms_of(wishes, now.replace(tzinfo=UTC))
         schema, _, name = table.replace("`", "``").rpartition(".")  # a schema may have dots
         self.source = self._source = f"FROM `{schema}`.`{name}`"
         moment = self._terms.cutoff.replace(tzinfo=None).isoformat(" ", "microseconds")
         # A date with a zero in it, such as 0000-00-00, is no completion. TO_DAYS makes it NULL.
-        in_time = f"TO_DAYS(`completedAt`) IS NOT NULL AND `completedAt` < '{moment}'"
+        in_time = f"TO_DAYS(`completedAt`) IS NOT NULL AND `completedAt` < TIMESTAMP'{moment}'"
         is_trial = f"{TEXT_BYTES.format('`type`')} = 'TRIAL'"
         # "This job is expired", 0 or 1. NULL makes the AND NULL, and IS TRUE makes that 0.
         self.expired = self._expired = f"(({in_time} AND {is_trial}) IS TRUE)"
@@ -445,13 +448,14 @@ class Gate:
         return f"`sourceData` IN ({','.join(self._literal % n.encode().hex() for n in names)})"
 
     def known(self, names: Collection[str]) -> tuple[bool, dict[str, Counts]]:
-        """Ask the table as it is now: is the session ours, and how many jobs refer to each name?"""
+        """Return whether the session is ours, and how many jobs refer to each name just now."""
         wanted = {name.encode(): name for name in names}
         nonce = time.monotonic_ns()  # it ties the answer to this question
         self._run("ROLLBACK")  # an open transaction would answer from its snapshot
         question = f"SELECT NULL, {self._witness}, {nonce} UNION ALL SELECT {self._counts} "
         rows = self._run(f"{question}{self._source} WHERE {self.among(names)} GROUP BY 1")
-        ours = [row[1:] for row in rows if row[0] is None] == [(1, nonce)]
+        once = len({row[0] for row in rows}) == len(rows)  # else the server cut a group apart
+        ours = once and [row[1:] for row in rows if row[0] is None] == [(1, nonce)]
         return ours, {wanted[row[0]]: Counts(*row[1:]) for row in rows if row[0] in wanted}
 
     def objection(self, item: Candidate, counts: Counts | None) -> str:
@@ -474,17 +478,16 @@ class Gate:
         self, items: Sequence[Candidate], witnesses: Sequence[str], size: int = BATCH
     ) -> tuple[list[Permit], dict[str, str]]:
         """Ask the table. Return permits, of up to `size` keys each, for those that may go, and why
-        each other key stays. Unless most of the `witnesses`, names of remaining jobs, are in the
-        same answer, the table may be half loaded: every orphan stays. Raises PurgeError."""
-        asked, start, few = boot_seconds(), len(self._terms.prefix), [*witnesses][:WITNESSES]
-        ours, known = self.known({item.key[start:] for item in items} | {*few})
+        each other key stays. Every key stays unless most `witnesses` (names of remaining jobs) are
+        in the same answer: the table may be half loaded. An orphan needs one. Raises PurgeError."""
+        asked, start, few = boot_seconds(), len(self._terms.prefix), {*witnesses[:WITNESSES]}
+        ours, known = self.known({item.key[start:] for item in items} | few)
         if not ours:
             raise PurgeError(f"The database session {NOT_OURS}. Nothing more goes; run again.")
         stay = {item.key: self.objection(item, known.get(item.key[start:])) for item in items}
         seen = [name for name in few if name in known and known[name].expired < known[name].jobs]
         if 2 * len(seen) <= len(few):
-            why = "the remaining jobs are not in the table as before"
-            stay |= {item.key: why for item in items if item.reason == Reason.ORPHAN}
+            stay |= {item.key: RELOADED for item in items if few or item.reason == Reason.ORPHAN}
         free, size = sorted(key for key in stay if not stay[key]), min(size, BATCH)
         permits = [Permit(tuple(free[n : n + size]), asked) for n in range(0, len(free), size)]
         self._granted.update({permit: (permit.keys, asked) for permit in permits})
@@ -507,7 +510,7 @@ class Gate:
         )
         names = ",".join({f"x'{row.name.encode().hex()}'" for row in rows})
         which = f"`jobId` IN ({ids}) AND {NAME} IN ({names}) AND {self._expired}"
-        self._run("ROLLBACK")  # so does whoever asks next, if this ends in an error
+        self._run("ROLLBACK")  # after an error below, the next `known` does it
         self._run("START TRANSACTION")
         if not self._terms.rows or self._run(f"SELECT {self._witness}") != [(1,)]:
             raise PurgeError(f"No job rows may go: not asked for, or the session {NOT_OURS}.")
@@ -591,7 +594,7 @@ class Totals:
     planned: Tally = field(default_factory=Tally)
     jobs: int = 0  # rows of the table
     nameless: int = 0  # of these, without a sourceData that can be a key
-    expired_jobs: int = 0  # of these, expired and naming an object
+    expired_jobs: int = 0  # expired ones, whose name can be a key
     expired: int = 0  # expired keys
     missing: int = 0  # of these, without an object
     remaining: int = 0  # distinct keys of remaining jobs
@@ -652,7 +655,7 @@ def plan(pairs: Pairs, terms: Terms, totals: Totals, lost: Callable[[str], Any] 
 
 
 def without_doubtful(items: Plan, totals: Totals, is_doubtful: Callable[[str], bool]) -> Plan:
-    """Yield the plan without the orphans that a job may mean, though it spells them otherwise."""
+    """Yield the plan without the orphans that a job may mean by another spelling."""
     for item in items:
         if item.reason == Reason.ORPHAN and is_doubtful(item.key):
             totals.doubtful += 1
@@ -721,7 +724,7 @@ def just_before(key: str) -> str:
 
 
 def printable(key: str) -> str:
-    """The key as it is, or as a JSON string where it would not stand on a line unmistakably."""
+    """The key as it is, or as a JSON string where a line with it could be misread."""
     plain = key.isprintable() and key == key.strip() and not key.startswith('"')
     return key if plain and key else json.dumps(key)
 
@@ -955,8 +958,8 @@ class Login(NamedTuple):
 
 
 def tls_settings(login: Login) -> dict[str, Any]:
-    """Return PyMySQL's arguments for TLS with certificate and host name verified. TLS is left to
-    the server only for a password that goes to this machine, without a CA bundle.
+    """Return PyMySQL's arguments for TLS with certificate and host name verified. Only a password
+    for this machine, without a CA bundle, may go without verified TLS.
 
     `ssl_verify_identity` is what verifies: `ssl_ca` alone encrypts and trusts anyone. Raises
     PurgeError without a usable CA bundle.
@@ -1187,7 +1190,7 @@ def read_references(
     jobs: JobTable, terms: Terms, totals: Totals, sample: list[str]
 ) -> Iterator[Reference]:
     """Yield the references that the run must know, while `totals` counts all of the table: with
-    --orphans every one, else those of expired jobs. Most of a table is of remaining jobs."""
+    --orphans every one, else those of expired jobs: most rows are of remaining jobs."""
     every, rows, prefix = terms.orphans_before is not None, terms.rows, terms.prefix
     room = KEY_BYTES - len(prefix.encode())
     for raw, count, expired in ascending(jobs.references(), "list of the table's keys"):
@@ -1216,10 +1219,10 @@ def utf8(raw: bytes) -> str | None:
 
 # --- S3: what lies in the bucket, and what S3 says ------------------------------------------------
 
-# Without --orphans, a page with less than one wanted key in SPARSE objects is not worth parsing:
-# each key is sought by itself. A seek lists SEEK objects, to notice where wanted keys lie densely.
+# Without --orphans: where fewer than one in SPARSE objects is wanted, each wanted key is sought by
+# a request of its own. It lists SEEK objects, to notice where wanted keys are dense.
 SPARSE, SEEK = 40, 10
-# References whose objects are listed ahead: all objects, or theirs alone. Pages ahead of a part.
+# How far the listing runs ahead: in references (of all objects, of the wanted ones); in pages.
 LISTED_AHEAD, SOUGHT_AHEAD, PAGES_AHEAD = 40_000, 24_000, 6
 END = "\U0010ffff" * KEY_BYTES  # above every key
 # The root of the answer to each operation that reads.
@@ -1325,7 +1328,7 @@ class Bucket:
             page: Page = answer["Page"]
             self._check(page, after, token or after)
             if page.objects or page.token is None:
-                if not prefix:  # nothing lies between these, which spares other parts a request
+                if not prefix:  # no key lies between these: other parts need not ask
                     self._gap = after, page.objects[0].key if page.objects else END
                 return page
             if page.token == token:
@@ -1353,7 +1356,7 @@ class Bucket:
     def objects(self, references: Spool[Reference], whole: bool) -> Iterator[S3Object]:
         """Yield all objects if `whole`, else at least those that the references name, in order. The
         references cut the listing into parts, and several parts are listed at the same time. It
-        takes about a request a reference or, where these lie densely, a page of the bucket."""
+        takes about one request for each reference or, where these are dense, for each page."""
         count, enough = len(references), PAGE // SPARSE  # wanted keys on a page
         first = self.page("" if whole or not count else just_before(references[0].key))
         if first.token is None or not (whole or count):
@@ -1370,7 +1373,7 @@ class Bucket:
     def _part(
         self, references: Spool[Reference], start: int, end: int, whole: bool, limit: int
     ) -> Iterator[list[S3Object]]:
-        """Yield lists of objects: if `whole`, all from above the reference before `start` up to the
+        """Yield lists of objects: if `whole`, all above the reference before `start` and up to the
         one before `end`. Else those with a key of these references; then each request starts just
         before the next wanted key. The first request lists `limit` objects."""
         keys = [item.key for item in references.slice(start, end)]
@@ -1578,13 +1581,13 @@ class Report:
         with self._counting:
             self.requests["list"] += 1
 
-    def count_delete(self, age: float) -> None:
-        """A delete left, by a re-check that was so old (seconds)."""
+    def count_deletes(self, ages: list[float]) -> None:
+        """Deletes left, by re-checks that were so old (seconds)."""
         with self._counting:
-            self.requests["delete"] += 1
+            self.requests["delete"] += len(ages)
             if not self.undoes:
                 oldest = self.max_recheck_age_seconds or 0.0
-                self.max_recheck_age_seconds = max(oldest, round(age, 3))
+                self.max_recheck_age_seconds = max(oldest, *(round(age, 3) for age in ages))
 
     def plan(self, totals: Totals, whole: bool = False, rows: bool = False) -> None:
         """The plan is complete. `whole`: all objects were listed. `rows`: job rows may go."""
@@ -1742,18 +1745,16 @@ class Ledger:
 
 # --- Rounds: the plan is carried out --------------------------------------------------------------
 
-# Without an index a re-check scans the table, whatever is asked, so that one serves a long round:
-# what --max-rate lets out in these seconds, up to so many keys and so many bytes of names in SQL.
-# The smallest default of max_allowed_packet is 4 MiB (MySQL 5.7).
+# Without an index each re-check scans the whole table, so one serves a long round. Its limits:
+# seconds at --max-rate, keys, bytes of names in SQL (max_allowed_packet is 4 MiB in MySQL 5.7).
 ROUND_SECONDS, ROUND_KEYS, ROUND_BYTES = 10, 25 * BATCH, 4_000_000
 DEAR_RECHECK = 0.5  # seconds; a re-check that takes longer is worth the advice to make an index
-# A key that S3 cannot delete just now is tried so often, each time after a new re-check, after a
-# pause (in seconds) that doubles with each failure.
+# Tries of a key while S3 is busy, each after a new re-check and a pause (seconds) that doubles.
 ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 5, 0.1, 10.0
 # Codes that a later try may not meet, though nothing was done.
 BUSY = {"SlowDown", "ServiceUnavailable", "NotSent"}
-# Requests in a row that are wholly in doubt, after which a run in a versioned bucket stops. Where
-# the keys are tried again, and for requests that were not sent, so many for each try and worker.
+# A run in a versioned bucket stops after so many requests in a row that are wholly in doubt. In
+# another bucket, or if they were not sent, it stops after so many for each try and worker.
 OUTAGE = 3
 LOCKED_BATCHES = 3  # in a row, after which all further job rows stay for the next run
 NOT_SENT = Verdict("NotSent", "the run stopped before its request left")
@@ -1812,8 +1813,8 @@ def refused_whole(verdicts: Iterable[Verdict], bucket: str, right: str) -> Purge
 
 
 def rounds_of(plan: Iterable[Candidate], most: int, times: int = 1) -> Iterator[list[Candidate]]:
-    """Cut the plan into lists of at most `most` keys, whose names may stand so many times in SQL:
-    in hexadecimal digits, with what stands around them."""
+    """Cut the plan into lists of at most `most` keys, and about ROUND_BYTES of SQL, in which each
+    name stands so many `times`, in hexadecimal digits."""
     items, size = list[Candidate](), 0
     for item in plan:
         items.append(item)
@@ -1876,8 +1877,8 @@ class Rounds:
             self._give_up(1)
 
     def _attempt(self) -> None:
-        """One request for each key of the round that has no end yet; none if it must stay, or if
-        the re-check has grown too old to serve it."""
+        """Send each pending key in one request, unless it must stay or its re-check has grown too
+        old."""
         batches = chunks([*self._pending], self._size if self._jobs.indexed else ROUND_KEYS)
         for keys in batches:
             self._wait()
@@ -2040,7 +2041,7 @@ RESTORED_AT_ONCE = 10  # keys in one request of an undo; the versions of each ar
 INSERTED_AT_ONCE = 100  # rows in one INSERT
 # After the last line of a run that has no end, S3 may still be carrying out its last requests.
 STILL_AT_WORK = timedelta(minutes=5)
-# What an event must have, and of which type, where it is there.
+# The types of an event's fields. A field may be absent or null.
 LOG_FIELDS: dict[str, Any] = {
     **dict.fromkeys(("event", "run_id", "time", "bucket", "key", "reason", "table"), str),
     **dict.fromkeys(("last_modified", "version_id", "code"), str),
@@ -2547,7 +2548,7 @@ class Setting(NamedTuple):
 def open_bucket(run: Setting) -> tuple[Wire, Bucket, timedelta]:
     """Return the ways to the bucket, and by how much S3's clock is ahead of this host's."""
     report, workers = run.ledger.report, run.limits.workers
-    wire = Wire(run.session, run.wishes.bucket, workers, report.count_delete)
+    wire = Wire(run.session, run.wishes.bucket, workers, report.count_deletes)
     bucket = Bucket(wire, run.wishes.prefix, workers, run.stop, report.count_list)
     report.versioning, lead = bucket.look()
     enabled = report.versioning == "enabled" and not report.undoes
@@ -2756,7 +2757,7 @@ def option(names: str, kind: Any, default: Any, text: str, metavar: str | None =
 
 
 OPTIONS: list[click.Option] = [
-    option("--db-host", str, None, "RDS endpoint, the real one.  [required]"),
+    option("--db-host", str, None, "RDS endpoint, not an alias.  [required]"),
     option("--db-port", PORT, 3306, "Port of the database."),
     option("--db-user", str, None, "Database user.  [required]"),
     option("--db-name", str, None, "Schema of the job table.  [required]"),
@@ -2770,12 +2771,12 @@ OPTIONS: list[click.Option] = [
            "Days after completedAt at which a TRIAL job expires."),
     option("--as-of", moment, None, "Expire as of this time, ISO 8601.  [default: database clock]"),
     option("--orphans", bool, False, "Also delete objects that no job refers to."),
-    option("--orphan-grace-days", DAYS, 7, "Keep orphans younger than this by the real clock."),
+    option("--orphan-grace-days", DAYS, 7, "Keep younger orphans, whatever --as-of says."),
     option("--delete-jobs", bool, False, "Also delete expired job rows."),
     option("-n --dry-run", bool, False, "Plan and report, change nothing."),
     option("--max-objects", COUNT, None, "Refuse the run if more objects would be deleted."),
-    option("--max-percent", PERCENT, 50, "Refuse the run if more of the keys would be deleted, "
-           "of the objects listed with --orphans, of the rows with --delete-jobs."),
+    option("--max-percent", PERCENT, 50, "Refuse a plan above N % of the keys; with --orphans "
+           "also of the objects listed, with --delete-jobs also of the rows."),
     option("--max-rate", COUNT, 3000, "Objects deleted per second at most, 0 = no limit."),
     option("--workers", THREADS, 8, "Concurrent requests; up to four times as many to list."),
     option("--audit-log", FILE, None, "Append what is deleted to this file, as JSON Lines."),
@@ -2806,9 +2807,9 @@ HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
 CONTEXT = {"auto_envvar_prefix": VARIABLES[:-1], **HELP}
 EPILOG = f"""\b
 Each option but --explain, --undo, --undo-rows and --run-id can also be set
-as {VARIABLES}<NAME>, a flag as 1 or 0. A variable of that kind that
-is no option, or is empty, is an error. {PASSWORD_VARIABLE}
-replaces the IAM token; without --ca-bundle only for a loopback host.
+as {VARIABLES}<NAME>, a flag as 1 or 0. An unknown or empty
+variable of that kind is an error. {PASSWORD_VARIABLE}
+replaces the IAM token; a loopback host then needs no CA bundle.
 AWS_ENDPOINT_URL_S3 leads to another S3 server.
 
 \b
@@ -2841,7 +2842,7 @@ class Command(click.Command):
 def main(ctx: click.Context, /, **given: Any) -> None:
     """Delete the S3 source data of TRIAL jobs completed more than 90 days ago.
 
-    A key goes only if no remaining job refers to it; OFFICIAL jobs and their data stay for ever.
+    An object goes only if no other job refers to it. OFFICIAL jobs and their data stay for ever.
     Start with --dry-run.
     """
     gc.freeze()  # a tenth of all CPU went into walks over what the imports made
@@ -2904,8 +2905,8 @@ def flag(name: str) -> str:
 
 
 def check_characters(name: str, value: Any) -> None:
-    """A control character has come in by accident: an editor's carriage return, for one. A key may
-    have them, but S3 has no key that is not UTF-8."""
+    """Refuse control characters, such as an editor's carriage return, but not in a key. Refuse what
+    is not UTF-8."""
     text = str(value) if isinstance(value, str | Path) else ""
     odd = [] if name == "--explain" else [c for c in text if ord(c) < 32 or ord(c) == 127]
     check(not odd, f"{name} has a control character in it ({''.join(odd)!r}): remove it.")

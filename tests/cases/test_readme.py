@@ -415,7 +415,7 @@ def test_the_aws_commands_are_those_that_aws_documents():
     text = README.replace("\\\n", " ").replace("\n`aws", " `aws")
     lines = re.findall(r"^aws .*", text, re.MULTILINE)
     lines += [" ".join(each.split()) for each in re.findall(r"`(aws [^`]+)`", text)]
-    assert len(lines) == 5
+    assert len(lines) == 7
     for line in lines:
         _, service, name, *words = shlex.split(line.partition(" >")[0])
         model = botocore.session.get_session().get_service_model(service.replace("s3api", "s3"))

@@ -28,6 +28,7 @@ ODD_SESSION = {"autocommit": "0", "time_zone": "SYSTEM", "sql_mode": "ANSI", "sq
 MOST = 2**63 - 1  # SQLite has no larger integer
 WORDS = [  # MySQL's SQL in SQLite's
     (r"SQL_BIG_RESULT ", ""),
+    (r"TIMESTAMP'", "'"),
     (r"/\*M?!.*?\*/", ""),
     (r"`ndvr`\.`jobs`", "jobs"),
     (r"CONVERT\(([^()]*) USING \w+\)(?: COLLATE \w+)?", r"\1"),
@@ -125,7 +126,7 @@ class Table:
         canned: dict[str, list[Any]] = {
             "SHOW FULL": [*columns, ("completedAt", "timestamp", None, *none)],
             "SHOW INDEX": rows[: 1 + self.indexed],
-            "SELECT UTC_TIMESTAMP": [(datetime.now(UTC).replace(tzinfo=None),)],
+            "SELECT SYSDATE": [(datetime.now(UTC).replace(tzinfo=None),)],
             "EXPLAIN": [],
             "DO ": [],
         }

@@ -23,7 +23,7 @@ class LocalBucket(rp.Bucket):
     would be made. `sent` holds what left by POST."""
 
     def __init__(self) -> None:
-        self.wire = rp.Wire(SimpleNamespace(client=self._client), "bucket", 2, self._count_age)
+        self.wire = rp.Wire(SimpleNamespace(client=self._client), "bucket", 2, self._count_ages)
         super().__init__(self.wire, "", 2, rp.Stop(), lambda: None)
         self.fill()
 
@@ -41,8 +41,8 @@ class LocalBucket(rp.Bucket):
         """As the gate does with a permit for these keys, by a re-check of this age (seconds)."""
         return self.wire._post([(key, "") for key in keys], rp.boot_seconds() - age)
 
-    def _count_age(self, age: float) -> None:
-        self.ages.append(age)
+    def _count_ages(self, ages: list[float]) -> None:
+        self.ages += ages
 
     def _client(self, name: str, config: Any) -> Any:
         session: Any = boto3.Session("key", "secret", region_name="eu-west-1")
