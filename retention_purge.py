@@ -125,12 +125,12 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """SIGHUP, SIGINT, SIGTERM. The first one ends the run in order. The same one again ends it at
-    once. Inside `at_once` a signal raises Interrupted where it arrives. Elsewhere `check` raises
-    it, at a place where all that is in flight can be accounted for."""
+    """SIGHUP, SIGINT, SIGTERM. The first one ends the run in order. The same one again, more than a
+    second later, ends it at once. Inside `at_once` a signal raises Interrupted where it arrives.
+    Elsewhere `check` raises it, at a place where all that is in flight can be accounted for."""
 
     def __init__(self) -> None:
-        self.received, self._raises = 0, False  # the number of the signal
+        self.received, self._since, self._raises = 0, 0.0, False  # the number of the signal
 
     def listen(self) -> None:
         """Heed the signals from now on, except those that are ignored (nohup)."""
@@ -139,8 +139,12 @@ class Stop:
                 signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, _frame: Any) -> None:
-        signal.signal(signum, signal.SIG_DFL)
-        self.received = signum
+        now = time.monotonic()
+        if signum == self.received and now - self._since > 1:  # `timeout` sends each one twice
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        if signum != self.received:
+            self.received, self._since = signum, now
         if self._raises:
             self._raises = False  # another signal must not disturb the way out
             raise Interrupted

@@ -12,6 +12,7 @@ import termios
 import time
 from contextlib import ExitStack, suppress
 from subprocess import PIPE, TimeoutExpired
+from types import SimpleNamespace
 
 import pytest
 from conftest import AS_OF, Held, ended, events, expire, until_gone
@@ -49,7 +50,7 @@ def test_a_second_one_stops_at_once_and_the_next_run_finishes_the_work(world, pr
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)  # in which a wrong program may end
     assert process.poll() is None, "the first signal waits for what is in flight"
-    for _ in range(100):  # two that arrive before the program has seen the first count as one
+    for _ in range(100):  # one that comes in the same second as the first counts for nothing
         process.send_signal(signal.SIGTERM)
         with suppress(TimeoutExpired):
             process.wait(0.3)
@@ -154,18 +155,24 @@ def test_it_is_heeded_while_nobody_reads_the_log(world, proxy, tmp_path):
     assert len(world.box.live_keys()) == 48
 
 
-def test_another_signal_does_not_disturb_the_way_out():
-    """A terminal that is closed may send two. The same one again ends the run at once."""
-    stop, ended_well = rp.Stop(), False
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGHUP, signal.SIGTERM)}
-    try:
-        with suppress(rp.Interrupted), stop.at_once():
-            try:
-                stop._receive(signal.SIGHUP, None)
-            finally:
-                stop._receive(signal.SIGTERM, None)
-                ended_well = True
-        assert (ended_well, signal.getsignal(signal.SIGHUP)) == (True, signal.SIG_DFL)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def test_only_the_same_one_more_than_a_second_later_disturbs_the_way_out(monkeypatch):
+    """`timeout` sends each signal twice at the same time. A terminal that is closed may, too."""
+    stop, now, way = rp.Stop(), [100.0], list[object]()
+    monkeypatch.setattr(rp, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    handlers = {"signal": lambda *what: way.append(what), "raise_signal": way.append}
+    monkeypatch.setattr(rp, "signal", SimpleNamespace(**handlers, SIG_DFL=signal.SIG_DFL))
+    with suppress(rp.Interrupted), stop.at_once():
+        try:
+            stop._receive(signal.SIGTERM, None)
+        finally:
+            stop._receive(signal.SIGTERM, None)
+            now[0] += 2
+            stop._receive(signal.SIGHUP, None)
+            stop._receive(signal.SIGHUP, None)
+            way.append("ended well")
+    now[0] += 2
+    stop._receive(signal.SIGTERM, None)
+    assert way == ["ended well"]
+    now[0] += 2
+    stop._receive(signal.SIGTERM, None)
+    assert way[1:] == [(signal.SIGTERM, signal.SIG_DFL), signal.SIGTERM]
