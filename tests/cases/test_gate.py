@@ -127,7 +127,7 @@ def may_go(item: rp.Candidate, jobs: Any, wishes: rp.Wishes) -> bool:
 some_of_20 = st.sampled_from([20] * 40 + [*range(20)])
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(jobs_drawn, st.lists(items_drawn, max_size=8), st.sampled_from([None, 7, 0]),
        some_of_20, some_of_20, st.booleans())  # fmt: skip
 @example(
