@@ -251,9 +251,9 @@ class Row(NamedTuple):
 # - nothing outside the prefix goes, and no orphan that is too young or was not asked for;
 # - no version of an object goes, only delete markers, and these only to bring objects back;
 # - no job row goes that is not expired.
-# Taken on trust: the command line (`Wishes`), connection, table and lock; an orphan's listed date;
-# that no job spells its name in another way; of this file PurgeError, query, database_errors,
-# s3_config, read_verdicts, the words, the constants above. Unchecked: a row goes after its object.
+# Taken on trust: the command line (`Wishes`); connection, table, lock, the database's clock; an
+# orphan's listed date; that no job spells its name in another way; of this file PurgeError, query,
+# database_errors, s3_config, read_verdicts, words, constants. Unchecked: rows go after objects.
 # The way of an object: Gate.ask -> known (the table answers) -> objection (must it stay?) -> Permit
 # -> Gate.delete -> Wire._post (writes the body) -> _last_look (connected; same bytes; in time).
 
@@ -422,7 +422,7 @@ class Gate:
             raise PurgeError("The way to S3 leads to another bucket. Nothing was deleted.")
         for statement in SESSION:
             self._run(statement, "set up the session for")
-        ((now,),) = self._run("SELECT SYSDATE(6)", "ask the clock of the database of")
+        ((now,),) = self._run("SELECT UTC_TIMESTAMP(6)", "ask the clock of the database of")
         self._witness = WITNESS.format(lock)
         self.terms = self._terms = terms_of(wishes, now.replace(tzinfo=UTC))
         schema, _, name = table.replace("`", "``").rpartition(".")  # a schema may have dots
@@ -736,6 +736,7 @@ def printable(key: str) -> str:
 # --- Streams: ahead of their reader, on disk, and watched -----------------------------------------
 
 BLOCK = 1000  # records in a block of a spool file
+SQL_BYTES = 4_000_000  # of a statement; max_allowed_packet is 4 MiB by default in MySQL 5.7
 SILENCE = 60  # seconds without progress after which a phase warns
 
 
@@ -744,6 +745,19 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
+
+
+def fitting(items: Iterable[T], most: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield lists of up to `most` items that fit into one SQL statement; `size` in bytes."""
+    some, total = list[T](), 0
+    for item in items:
+        total += size(item)
+        if some and (len(some) >= most or total > SQL_BYTES):
+            yield some
+            some, total = [], size(item)
+        some.append(item)
+    if some:
+        yield some
 
 
 def ahead(streams: Iterable[Iterable[T]], width: int, depth: int = 0) -> Iterator[T]:
@@ -762,13 +776,26 @@ def ahead(streams: Iterable[Iterable[T]], width: int, depth: int = 0) -> Iterato
     while True:
         for stream in islice(waiting, width - len(running)):
             running.append(queue.Queue(depth))
-            threading.Thread(target=draw, args=(stream, running[-1]), daemon=True).start()
+            try:
+                start_thread(draw, stream, running[-1])
+            except PurgeError as error:
+                running[-1].put(error)  # the streams before it come to their end first
+                waiting = iter(())
+                break
         if not running:
             return
         for item in iter(running.popleft().get, end):
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+
+def start_thread(work: Callable[..., None], *args: Any) -> None:
+    """Raises PurgeError if the system has no more threads."""
+    try:
+        threading.Thread(target=work, args=args, daemon=True).start()
+    except RuntimeError as error:
+        raise PurgeError(f"Cannot start a thread ({error}): lower --workers.") from error
 
 
 def no_space(error: Exception) -> PurgeError:
@@ -781,7 +808,10 @@ class Spool(Generic[Record]):
     once, then read in order as often as needed, by any thread. Raises PurgeError."""
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        except OSError as error:
+            raise no_space(error) from error
         self._ends, self._count = [0], 0
         for block in chunks(records, BLOCK):
             self._make: Callable[[Any], Record] = type(block[0])._make  # type: ignore[attr-defined]
@@ -837,7 +867,7 @@ class Screen(logging.Handler):
 
     def __init__(self, stop: Stop) -> None:
         super().__init__()
-        self._stop = stop
+        self._stop, self._unread = stop, set[Any]()  # streams that nobody reads after a stop signal
         self.out_is_terminal, self.err_is_terminal = sys.stdout.isatty(), sys.stderr.isatty()
         style, times = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ"
         self.setFormatter(logging.Formatter(style, times))
@@ -845,8 +875,9 @@ class Screen(logging.Handler):
     def _write(self, stream: Any, text: str) -> None:
         data = text.encode(stream.encoding or "utf-8", "backslashreplace")
         while data:
-            while not select.select([], [stream], [], 1)[1]:
+            while not select.select([], [stream], [], stream not in self._unread)[1]:
                 if self._stop.received:
+                    self._unread.add(stream)
                     return
             data = data[os.write(stream.fileno(), data[: select.PIPE_BUF]) :]
 
@@ -1625,7 +1656,8 @@ class Report:
         facts, lines = self.as_dict() | {"bucket": f"s3://{self.bucket}/{self.prefix}"}, []
         hidden = {"prefix", "version", "error"}
         if self.is_dry:
-            hidden |= {"deleted", "restored", "retained", "failed", "not_attempted", "jobs_deleted"}
+            hidden |= {"deleted", "restored", "failed", "not_attempted", "jobs_deleted"}
+            hidden |= set() if self.undoes else {"retained"}
         for name, fact in facts.items():
             if name in hidden or fact is None:
                 continue
@@ -1750,8 +1782,8 @@ class Ledger:
 # --- Rounds: the plan is carried out --------------------------------------------------------------
 
 # Without an index each re-check scans the whole table, so one serves a long round. Its limits:
-# seconds at --max-rate, keys, bytes of names in SQL (max_allowed_packet is 4 MiB in MySQL 5.7).
-ROUND_SECONDS, ROUND_KEYS, ROUND_BYTES = 10, 25 * BATCH, 4_000_000
+# seconds at --max-rate, and keys.
+ROUND_SECONDS, ROUND_KEYS = 10, 25 * BATCH
 DEAR_RECHECK = 0.5  # seconds; a re-check that takes longer is worth the advice to make an index
 # Tries of a key while S3 is busy, each after a new re-check and a pause (seconds) that doubles.
 ATTEMPTS, FIRST_PAUSE, LAST_PAUSE = 5, 0.1, 10.0
@@ -1817,17 +1849,9 @@ def refused_whole(verdicts: Iterable[Verdict], bucket: str, right: str) -> Purge
 
 
 def rounds_of(plan: Iterable[Candidate], most: int, times: int = 1) -> Iterator[list[Candidate]]:
-    """Cut the plan into lists of at most `most` keys, and about ROUND_BYTES of SQL, in which each
-    name stands so many `times`, in hexadecimal digits."""
-    items, size = list[Candidate](), 0
-    for item in plan:
-        items.append(item)
-        size += times * (2 * len(item.key.encode()) + 70)
-        if len(items) >= most or size > ROUND_BYTES:
-            yield items
-            items, size = [], 0
-    if items:
-        yield items
+    """Cut the plan into lists of at most `most` keys, whose names may stand so many `times` in one
+    SQL statement, in hexadecimal digits."""
+    return fitting(plan, most, lambda item: times * (2 * len(item.key.encode()) + 70))
 
 
 class Rounds:
@@ -1889,7 +1913,8 @@ class Rounds:
             for permit in self._ask([self._pending[key].item for key in keys]):
                 if not self._jobs.indexed:
                     self._wait()
-                    self._jobs.ping()  # the lock may be lost
+                    with self._stop.at_once():
+                        self._jobs.ping()  # the lock may be lost
                 if boot_seconds() - permit.asked > MAX_RECHECK_AGE:
                     break
                 self._send(permit)
@@ -1925,10 +1950,7 @@ class Rounds:
         for key in permit.keys:
             tried = self._pending[key]
             tried.tries, tried.verdict = tried.tries + 1, NOT_SENT
-        try:
-            threading.Thread(target=self._request, args=(permit,)).start()
-        except RuntimeError as error:
-            raise PurgeError(f"Cannot start a thread ({error}): lower --workers.") from error
+        start_thread(self._request, permit)
         self._in_flight += 1
         self._pace.sent(len(permit.keys))
 
@@ -2116,13 +2138,13 @@ class Log:
         self._stop, names, cut = stop, ", ".join(f'"{name}"' for name in LOG_FIELDS), list[int]()
         self._events = sqlite3.connect("")
         self._events.set_progress_handler(lambda: stop.received, 100_000)  # ends a long statement
-        self._events.create_function("certain", 1, lambda code: is_certain(code or ""))
         self.query(f"CREATE TABLE events ({names})")
         sql = f"INSERT INTO events VALUES ({', '.join('?' for _ in LOG_FIELDS)})"
         for event in progress.over(log_events(path, cut), "reading the audit log"):
             planned = event.get("planned") or {}
-            counts = {"planned": sum(planned.get(reason, 0) for reason in OF_OBJECTS), "row": None}
-            self.query(sql, [(event | counts).get(name) for name in LOG_FIELDS])
+            own = {"planned": sum(planned.get(reason, 0) for reason in OF_OBJECTS), "row": None}
+            own["code"] = event.get("code") if is_certain(event.get("code") or "") else None
+            self.query(sql, [(event | own).get(name) for name in LOG_FIELDS])
         for number in cut:
             log.warning("%s: line %d is cut; skipped", path, number)
 
@@ -2153,8 +2175,8 @@ class Log:
         sql = "SELECT COALESCE(MAX(s3_lead_seconds), 0) FROM events WHERE run_id = ?"
         ((seconds,),) = self.query(sql, [run_id])
         lead = timedelta(seconds=seconds)
-        answer = "CASE WHEN event = 'retained' OR (event = 'failed' AND certain(code)) THEN event "
-        answer += "ELSE version_id END"
+        answer = "CASE WHEN event = 'retained' OR (event = 'failed' AND code IS NOT NULL) "
+        answer += "THEN event ELSE version_id END"
         sql = f"SELECT key, reason, size, last_modified, MIN(time), MAX({answer}) FROM events "
         sql += "WHERE run_id = ? AND event IN ('delete', 'deleted', 'failed', 'retained') "
         sql += "GROUP BY key HAVING MIN(event) = 'delete'"
@@ -2203,6 +2225,7 @@ def plan_undo(
         why = ""
         if latest is not None and not latest.is_marker:
             totals.missing += 1
+            totals.doubtful += marker is None  # S3 may be about to delete it
             continue
         if latest is None or below is None or below.is_marker:
             why = "no version lies right below a delete marker"
@@ -2260,6 +2283,8 @@ def restore_some(
         try:
             found = wire.restore([(item.key, str(item.version_id)) for item in left])
             verdicts |= zip(left, found, strict=True)
+        except Interrupted:
+            break  # before anything was sent
         except Exception as error:  # the versions could not be listed, so nothing was sent
             code = getattr(error, "response", {}).get("Error", {}).get("Code", "NoAnswer")
             final = is_certain(code) and code not in BUSY
@@ -2295,20 +2320,21 @@ def rows_sql(path: Path, run_id: str | None) -> Iterator[str]:
     yield "SET time_zone = '+00:00', sql_mode = 'NO_AUTO_VALUE_ON_ZERO';"
     total = 0
     for columns, group in groupby(rows, key=lambda row: [*(row or {})]):
-        for some in chunks(group, INSERTED_AT_ONCE):
+        texts = (f"({', '.join(map(literal, (row or {}).values()))})" for row in group)
+        for some in fitting(texts, INSERTED_AT_ONCE, len):
             yield insert_of(f"`{schema}`.`{name}`", columns, some)
             total += len(some)
     yield f"-- {total} rows of run {chosen}; {len(cut)} cut lines of the log were skipped"
 
 
-def insert_of(table: str, columns: list[str], rows: list[Any]) -> str:
+def insert_of(table: str, columns: list[str], rows: list[str]) -> str:
     """An INSERT of logged rows that leaves alone those that are there. Raises PurgeError."""
     names = [f"`{column.replace('`', '``')}`" for column in columns]
     keys = [name for name in names if name.lower() == "`jobid`"]
     if not keys:
         message = "The audit log was written by a version that logged no whole rows"
         raise PurgeError(f"{message}: bring them back from a backup.", REFUSED)
-    values = ",\n".join(f"({', '.join(map(literal, row.values()))})" for row in rows)
+    values = ",\n".join(rows)
     insert = f"INSERT INTO {table} ({', '.join(names)}) VALUES\n{values}"
     return f"{insert}\nON DUPLICATE KEY UPDATE {keys[0]} = {keys[0]};"
 
@@ -2552,6 +2578,8 @@ class Setting(NamedTuple):
 def open_bucket(run: Setting) -> tuple[Wire, Bucket, timedelta]:
     """Return the ways to the bucket, and by how much S3's clock is ahead of this host's."""
     report, workers = run.ledger.report, run.limits.workers
+    # The gate's own listing in an undo heeds stop signals, too.
+    run.session.events.register("before-send.s3.ListObjectVersions", lambda **_: run.stop.check())
     wire = Wire(run.session, run.wishes.bucket, workers, report.count_deletes)
     bucket = Bucket(wire, run.wishes.prefix, workers, run.stop, report.count_list)
     report.versioning, lead = bucket.look()
@@ -2675,12 +2703,15 @@ def undo(run: Setting, source: Path, run_id: str | None) -> None:
             events = Log(source, run.stop, run.progress)
             chosen, count = events.choose(run_id, bucket.name)
             last, has_end, planned = events.ending(chosen)
-            if not has_end:
-                warn_of_killed(report, last, planned, count)
             pairs = looked_up(events.intents(chosen, last), bucket)
             pairs = over(pairs, "looking for delete markers", count)
             found = Spool(plan_undo(pairs, totals, ledger))
             report.plan(totals)
+            if not has_end and count < planned:
+                text = "the run was killed: it planned %d objects, and tried %d"
+                log.warning(text, planned, count)
+            if not has_end or totals.doubtful:
+                warn_of_late(report, last)
             show_plan(found, run, totals, None)
         if not report.is_dry:
             done = restore(found, wire, ledger, run.stop, run.limits)
@@ -2691,16 +2722,16 @@ def undo(run: Setting, source: Path, run_id: str | None) -> None:
 def held(source: Path, ledger: Ledger) -> Iterator[None]:
     """Lock the log that is undone, unless this run writes to the same file and holds it already.
     Raises PurgeError."""
+    if not source.is_file():  # a pipe cannot be read twice
+        raise PurgeError(f"{source} is no file: unpack the log into one, and name that.", USAGE)
     with source.open("rb") as file:
         if not ledger.file or not os.path.sameopenfile(ledger.file.fileno(), file.fileno()):
             hold(file, source, fcntl.LOCK_SH)
         yield
 
 
-def warn_of_killed(report: Report, last: datetime, planned: int, known: int) -> None:
-    """Say what cannot be known of a run that has no end."""
-    if known < planned:
-        log.warning("the run was killed: it planned %d objects, and tried %d", planned, known)
+def warn_of_late(report: Report, last: datetime) -> None:
+    """Say until when S3 may carry out requests that it has not answered."""
     if (until := last + STILL_AT_WORK) > datetime.now(UTC):
         report.incomplete = True
         message = "S3 may still be deleting for this run: run the undo again after %s"

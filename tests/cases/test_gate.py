@@ -701,7 +701,6 @@ BLIND = {  # what the server does to each new session, or the script to its own
     "modes": ("init_connect = \"SET sql_mode = 'ANSI_QUOTES,NO_BACKSLASH_ESCAPES'\"", ""),
     "few rows": ("init_connect = \"SET sql_select_limit = 2, time_zone = '-12:00'\"", ""),
     "chained": ("completion_type = 'CHAIN'", ""),
-    "in 2033": ("init_connect = 'SET timestamp = 2000000000'", ""),
     "left open": ("init_connect = ''", LEFT_OPEN.format(SNAPSHOT)),
 }
 

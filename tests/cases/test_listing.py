@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -282,8 +283,26 @@ def test_an_answer_that_cannot_be_trusted_ends_the_run(world, proxy, tmp_path, c
     assert world.box.live_keys() == left
 
 
-def test_a_full_disk_ends_the_run_with_nothing_deleted(world):
+FULL = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (30_000, 30_000))"
+
+
+@pytest.mark.parametrize("patch", [FULL, "rp.tempfile.tempdir = '/no/such/folder'"])
+def test_a_full_disk_ends_the_run_with_nothing_deleted(world, patch):
     keys = expire(world, 3000)
-    patch = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (30_000, 30_000))"
     assert "Cannot write a spool file" in world.purge(*AS_OF, patch=patch).error
     assert world.box.live_keys() == keys
+
+
+def test_a_thread_that_cannot_start_ends_its_stream_after_those_before_it(monkeypatch):
+    start, begun, got = threading.Thread.start, list[threading.Thread](), list[int]()
+
+    def start_two(thread: threading.Thread) -> None:
+        begun.append(thread)
+        if len(begun) > 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(rp.PurgeError, match="lower --workers"):
+        got.extend(rp.ahead(([n] for n in range(9)), 4))
+    assert (got, len(begun)) == ([0, 1], 3)

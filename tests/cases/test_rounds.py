@@ -151,7 +151,7 @@ def carry_out(
 
     table = {"ping": lambda: gate.comes("table"), "expired_rows": expired_rows}
     jobs: Any = SimpleNamespace(indexed=indexed, **table)
-    sizes = {"BATCH": 4, "ROUND_KEYS": 13, "ROUND_BYTES": 1700, "FIRST_PAUSE": 0, "LAST_PAUSE": 0}
+    sizes = {"BATCH": 4, "ROUND_KEYS": 13, "SQL_BYTES": 1700, "FIRST_PAUSE": 0, "LAST_PAUSE": 0}
     threads = patch.object(threading.Thread, "start", start_or_not)
     run: Any = SimpleNamespace(ledger=book, stop=stop, limits=rp.Limits(rate=rate, workers=workers))
     with patch.multiple(rp, **sizes | more), patch.object(rp.log, "disabled", True), threads:
@@ -304,7 +304,7 @@ def test_the_rate_is_waited_for_before_a_re_check_and_not_while_it_grows_old(
 
     clocks = {"boot_seconds": lambda: now[-1], "Pace": partial(rp.Pace, clock=lambda: now[-1])}
     with patch.object(rp.time, "sleep", sleep), patch.object(gate.book, "intend", intend):
-        carry_out(plan, gate, indexed, workers=1, rate=4, BATCH=1000, ROUND_BYTES=10**6, **clocks)
+        carry_out(plan, gate, indexed, workers=1, rate=4, BATCH=1000, SQL_BYTES=10**6, **clocks)
     assert said == wanted
 
 

@@ -13,13 +13,44 @@ import time
 from contextlib import ExitStack, suppress
 from subprocess import PIPE, TimeoutExpired
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from conftest import AS_OF, Held, ended, events, expire, until_gone
+from conftest import AS_OF, Held, ended, events, expire, until, until_gone
 from proxies import Answer
 from test_recheck import locked_table
 
 import retention_purge as rp
+
+
+def test_it_is_heeded_while_the_database_is_silent_between_two_requests(world):
+    """Where the lock is looked for, before each request of a round without an index."""
+    silent = "rp.query(jobs._connection, 'ping', 'SELECT SLEEP(100)')"
+    process = world.start(*AS_OF, patch=f"rp.JobTable.ping = lambda jobs: {silent}")
+    asleep = "SELECT id FROM information_schema.processlist WHERE info LIKE 'SELECT SLEEP%'"
+    until(world.box, asleep)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(25) == 143, "10 seconds, and time to end on a slow machine"
+    for (thread,) in world.box.sql(asleep):
+        world.box.sql(f"KILL {thread}")
+    until_gone(world.box)
+
+
+def test_after_a_stop_nothing_is_waited_for_twice_where_nobody_reads(monkeypatch):
+    stop, (reader, writer), waits = rp.Stop(), full_pipe(), list[float]()
+    stop.received = signal.SIGTERM
+    monkeypatch.setattr(rp.sys, "stderr", os.fdopen(writer, "w"))
+    screen, real = rp.Screen(stop), rp.select.select
+
+    def select(*streams: Any) -> Any:
+        waits.append(streams[3])
+        return real(*streams[:3], 0)
+
+    monkeypatch.setattr(rp.select, "select", select)
+    for _ in range(3):
+        screen.tell("why")
+    assert waits == [1, 0, 0]
+    os.close(reader)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])

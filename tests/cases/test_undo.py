@@ -6,6 +6,8 @@ import json
 import os
 import pty
 import re
+import signal
+import time
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from subprocess import DEVNULL, Popen
@@ -323,3 +325,23 @@ def test_a_refused_undo_leaves_the_manifest(world, path, tmp_path, dry):
     assert (result.code, "is not versioned" in result.error) == (3, True)
     assert manifest.exists()
     assert world.purge("--undo", str(path), "--manifest", str(manifest)).code == 2
+
+
+def test_after_a_stop_signal_no_request_leaves_any_more(world, proxy, path):
+    """The versions of ten keys are listed one by one, before one request for all of them."""
+    purged(world, path)
+    listed, deletes = proxy.count("other"), proxy.count("delete")
+    run = world.start("--undo", str(path), "--json", "--workers", "1")
+
+    def before(request: Request) -> None:
+        if proxy.count("other") == listed + 17 + 3:  # 17 to plan the undo
+            run.send_signal(signal.SIGTERM)
+            time.sleep(2)  # in which it comes
+
+    proxy.before = before
+    result = ended(run)
+    assert (result.code, proxy.count("other"), proxy.count("delete")) == (143, listed + 20, deletes)
+    told = result.summary
+    assert (told["restored"]["expired"], told["failed"] + told["not_attempted"]) == (0, 17)
+    proxy.before = lambda request: None
+    assert (world.purge("--undo", str(path)).code, len(world.box.live_keys())) == (0, 48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from conftest import AS_OF, OLD, World, events, expire, sql
 from sandbox import DATABASE, TABLE, Sandbox
+
+import retention_purge as rp
 
 pytestmark = pytest.mark.usefixtures("may_delete")
 
@@ -211,3 +214,25 @@ def test_a_refused_undo_of_rows_leaves_the_manifest(world, path, tmp_path):
     manifest.touch()
     result = world.purge("--undo-rows", str(path), RETENTION_PURGE_MANIFEST=str(manifest))
     assert (result.code, manifest.exists()) == (3, True)
+
+
+def test_a_log_from_a_pipe_is_refused(world, path, tmp_path):
+    """It is read twice."""
+    path.touch()
+    os.mkfifo(tmp_path / "pipe")
+    for option in ("--undo", "--undo-rows"):
+        result = world.purge(option, str(tmp_path / "pipe"))
+        assert (result.code, "unpack the log" in result.error) == (2, True)
+
+
+def test_no_insert_is_larger_than_the_smallest_default_of_max_allowed_packet(tmp_path):
+    head = {"run_id": "r", "time": "2026-01-01T00:00:00+00:00"}
+    lines = [head | {"event": "start", "table": "a.b"}]
+    row = {"jobId": 1, "sourceData": "x", "note": "y" * 100_000}
+    lines += [head | {"event": "delete-job", "key": "x", "row": row}] * 60
+    log = tmp_path / "log"
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    told = [*rp.rows_sql(log, None)]
+    assert max(map(len, told)) < 4 * 2**20
+    assert sum(text.count("\n(") for text in told) == 60
+    assert told[-1].startswith("-- 60 rows")

@@ -681,7 +681,7 @@ SQL = [  # in each text of the gate: a clause is dropped, or a comparison is ano
     (r"START TRANSACTION", "DO 0"),
     (r"REPEATABLE READ", "READ UNCOMMITTED"),
     (r"COMMIT", "DO 0"),
-    (r"SYSDATE", "NOW"),
+    (r"UTC_TIMESTAMP", "LOCALTIMESTAMP"),
     (r"< TIMESTAMP", "< "),
 ]
 

@@ -229,7 +229,7 @@ MUTANTS: list[tuple[str, str, Patch, str, str]] = [
     ("8 undo", "it needs no version below", function("Bucket.versions", lambda original, *args: [each for found in original(*args) for each in (found, found._replace(is_marker=False))]), "undo", "without_a_version_below"),
     ("8 undo", "it takes the first of several runs", function("choose_run", lambda original, runs, since, run_id, what: original(runs, since, run_id or next(iter(runs)), what)), "undo", "several_runs"),
     ("8 undo", "it takes the log of another bucket", function("Log.choose", lambda original, log, run_id, _: original(log, run_id, "another")), "undo", "another_bucket"),
-    ("8 undo", "a killed run is over at once", function("warn_of_killed", lambda *_: None), "undo", "crash"),
+    ("8 undo", "a killed run is over at once", function("warn_of_late", lambda *_: None), "undo", "crash"),
     ("8 undo", "keys that stay hidden are exit code 0", function("Report.end", lambda original, report, error: (original(report, error), setattr(report, "exit_code", report.exit_code % 4))), "undo", "is_counted"),
     ("8 undo", "rows come back over those that are there again", function("rows_sql", lambda original, *args: (line.replace("ON DUPLICATE KEY UPDATE `jobId` = `jobId`", "ON DUPLICATE KEY UPDATE `type` = VALUES(`type`), `completedAt` = VALUES(`completedAt`)") for line in original(*args))), "undo_rows", "there_again"),
     ("8 undo", "rows come back as the server's SQL mode has it", function("literal", lambda original, value: repr(value) if isinstance(value, str) else original(value)), "undo_rows", "byte_identical"),

@@ -126,7 +126,7 @@ class Table:
         canned: dict[str, list[Any]] = {
             "SHOW FULL": [*columns, ("completedAt", "timestamp", None, *none)],
             "SHOW INDEX": rows[: 1 + self.indexed],
-            "SELECT SYSDATE": [(datetime.now(UTC).replace(tzinfo=None),)],
+            "SELECT UTC_TIMESTAMP": [(datetime.now(UTC).replace(tzinfo=None),)],
             "EXPLAIN": [],
             "DO ": [],
         }
