@@ -149,7 +149,7 @@ class Stop:
             self._raises = False  # another signal must not disturb the way out
             raise Interrupted
 
-    def check(self) -> None:
+    def check(self, **_: Any) -> None:
         if self.received:
             raise Interrupted
 
@@ -2579,7 +2579,7 @@ def open_bucket(run: Setting) -> tuple[Wire, Bucket, timedelta]:
     """Return the ways to the bucket, and by how much S3's clock is ahead of this host's."""
     report, workers = run.ledger.report, run.limits.workers
     # The gate's own listing in an undo heeds stop signals, too.
-    run.session.events.register("before-send.s3.ListObjectVersions", lambda **_: run.stop.check())
+    run.session.events.register("before-send.s3.ListObjectVersions", run.stop.check)
     wire = Wire(run.session, run.wishes.bucket, workers, report.count_deletes)
     bucket = Bucket(wire, run.wishes.prefix, workers, run.stop, report.count_list)
     report.versioning, lead = bucket.look()
