@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import page
@@ -182,7 +183,8 @@ def plans(rows: int, times: int) -> str:
 
 
 def gate_of(box: Sandbox, connection: Any) -> rp.Gate:
-    return rp.Gate(Any, connection, f"{DATABASE}.{TABLE}", "none", rp.Wishes(BUCKET))
+    wire: Any = SimpleNamespace(bucket=BUCKET)
+    return rp.Gate(wire, connection, f"{DATABASE}.{TABLE}", "none", rp.Wishes(BUCKET))
 
 
 def read(box: Sandbox) -> None:
