@@ -153,7 +153,7 @@ def ends_at_same_token(original: Any, bucket: Any, *args: Any, **named: Any) -> 
 # tests/cases/test_….py and pytest's -k that must notice, of a library's in a process of its own.
 MUTANTS: list[tuple[str, str, Patch, str, str]] = [
     ("nothing", "must survive", constants(), "job_rows", "go_when_asked"),
-    ("expired", "a job at the cutoff is expired", sql("`completedAt` < '", "`completedAt` <= '"), "database", "surely_expired"),
+    ("expired", "a job at the cutoff is expired", sql("`completedAt` < ", "`completedAt` <= "), "database", "surely_expired"),
     ("expired", "zero dates are expired", sql(r"TO_DAYS\(`completedAt`\) IS NOT NULL", "TRUE"), "database", "surely_expired"),
     ("expired", "the type is compared by collation", sql(r"CAST\(CONVERT\(`type` USING utf8mb4\) AS BINARY\)", "`type`"), "database", "surely_expired"),
     ("expired", "what is NULL is expired", sql("IS TRUE", "IS NOT FALSE"), "database", "surely_expired"),
@@ -208,9 +208,9 @@ MUTANTS: list[tuple[str, str, Patch, str, str]] = [
     ("4 row", "no intent of a row", function("Ledger.write", lambda original, ledger, event, items, sync=False: event == "delete-job" or original(ledger, event, items, sync)), "job_rows", "on_record"),
     ("4 row", "four columns of a row are on record", function("JobTable.expired_rows", lambda original, *args: [row._replace(columns=dict([*row.columns.items()][:4])) for row in original(*args)]), "job_rows", "all_columns"),
     ("5 primary key", "rows go by name", sql(r"^(DELETE .*? WHERE )`jobId` IN \(.*?\) AND ", r"\1"), "job_rows", "changed"),
-    ("5 condition", "rows go though they expire no more", sql(r"^(DELETE .*?) AND \(\(`completedAt` >= .*? IS TRUE\)", r"\1"), "job_rows", "changed"),
+    ("5 condition", "rows go though they expire no more", sql(r"^(DELETE .*?) AND \(\(TO_DAYS\(.*? IS TRUE\)", r"\1"), "job_rows", "changed"),
     ("5 bytes", "rows go though they name another key", sql(r"^(DELETE .*\)) AND IFNULL\(.*?, ''\) IN \([^)]*\)", r"\1"), "job_rows", "changed"),
-    ("5 when", "rows go of failed and retained keys", sql(r"^(SELECT .*? WHERE )`sourceData` IN .*?( AND \(\(`completedAt`.* LIMIT \d+)$", r"\1TRUE\2"), "job_rows", "failed_and_retained"),
+    ("5 when", "rows go of failed and retained keys", sql(r"^(SELECT .*? WHERE )`sourceData` IN .*?( AND \(\(TO_DAYS\(.* LIMIT \d+)$", r"\1TRUE\2"), "job_rows", "failed_and_retained"),
     ("5 when", "a shared key is not asked again", function("reason_of", lambda original, *args: "missing" if original(*args) == "shared" else original(*args)), "job_rows", "whose_remaining"),
     ("5 transaction", "there is none", sql("^START TRANSACTION$", "DO 0"), "job_rows", "given_up"),
     ("5 transaction", "a locked row is awaited for ever", sql(r"lock_wait_timeout = \d+", "lock_wait_timeout = 60"), "job_rows", "leave_their_batch"),
