@@ -327,16 +327,27 @@ def test_a_refused_undo_leaves_the_manifest(world, path, tmp_path, dry):
     assert world.purge("--undo", str(path), "--manifest", str(manifest)).code == 2
 
 
-def test_after_a_stop_signal_no_request_leaves_any_more(world, proxy, path):
+HEARD = """
+receive = rp.Stop._receive
+def heard(stop, *more):
+    receive(stop, *more)
+    open({!r}, "w").close()
+rp.Stop._receive = heard
+"""
+
+
+def test_after_a_stop_signal_no_request_leaves_any_more(world, proxy, path, tmp_path):
     """The versions of ten keys are listed one by one, before one request for all of them."""
     purged(world, path)
-    listed, deletes = proxy.count("other"), proxy.count("delete")
-    run = world.start("--undo", str(path), "--json", "--workers", "1")
+    listed, deletes, heard = proxy.count("other"), proxy.count("delete"), tmp_path / "heard"
+    patch = HEARD.format(str(heard))
+    run = world.start("--undo", str(path), "--json", "--workers", "1", patch=patch)
 
     def before(request: Request) -> None:
         if proxy.count("other") == listed + 17 + 3:  # 17 to plan the undo
             run.send_signal(signal.SIGTERM)
-            time.sleep(2)  # in which it comes
+            while not heard.exists() and run.poll() is None:
+                time.sleep(0.1)
 
     proxy.before = before
     result = ended(run)
