@@ -387,6 +387,15 @@ def test_the_age_is_taken_after_the_connection_is_made(
     assert ages == pytest.approx([seconds] if leaves else [])
 
 
+def test_whoever_counts_the_deletes_is_told_after_they_have_left(own_wire, bucket):
+    """Else the re-check would grow old in his hands, behind the last look."""
+    gate, told = gate_on(own_wire, free("a"))[0], list[int]()
+    own_wire._count = lambda ages: told.append(len(bucket.asked))
+    ((permit,), _) = gate.ask(expired("a"), WITNESSES)
+    gate.delete(permit)
+    assert told == [1]
+
+
 def test_a_slow_answer_of_the_table_counts_as_age(wire, bucket, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(rp, "boot_seconds", lambda: now[0])
