@@ -370,7 +370,7 @@ class Wire:
         if (age := boot_seconds() - own.asked) > MAX_RECHECK_AGE:
             raise PurgeError(f"its re-check was {age:.0f} s old when it was about to leave")
         own.ages.append(age)
-        own.answer = None  # of a redirect
+        own.answer = None  # forget that of a redirect
 
     def _take_answer(self, response_dict: Any, operation_model: Any, **_: Any) -> None:
         self._own.answer = response_dict["status_code"], response_dict["body"]
@@ -482,8 +482,8 @@ class Gate:
         self, items: Sequence[Candidate], witnesses: Sequence[str], size: int = BATCH
     ) -> tuple[list[Permit], dict[str, str]]:
         """Ask the table. Return permits, of up to `size` keys each, for those that may go, and why
-        each other key stays. Every key stays unless most `witnesses` (names of remaining jobs) are
-        in the same answer: the table may be half loaded. An orphan needs one. Raises PurgeError."""
+        each other key stays. Unless most `witnesses` (names of remaining jobs) are in the answer,
+        the table may be half loaded: all keys stay. With none, orphans stay. Raises PurgeError."""
         asked, start, few = boot_seconds(), len(self._terms.prefix), {*witnesses[:WITNESSES]}
         ours, known = self.known({item.key[start:] for item in items} | few)
         if not ours:
@@ -606,6 +606,7 @@ class Totals:
     dangling_key: str = ""  # one of these
     listed: int = 0  # objects that the listing gave
     doubtful: int = 0  # objects that are kept because of their name
+    unanswered: int = 0  # in an undo: objects that are there, and that S3 may yet delete
 
 
 def ascending(items: Iterable[Record], source: str, last: str | None = None) -> Iterator[Record]:
@@ -791,7 +792,7 @@ def ahead(streams: Iterable[Iterable[T]], width: int, depth: int = 0) -> Iterato
 
 
 def start_thread(work: Callable[..., None], *args: Any) -> None:
-    """Raises PurgeError if the system has no more threads."""
+    """Do the work in a thread of its own. Raises PurgeError if the system has no more threads."""
     try:
         threading.Thread(target=work, args=args, daemon=True).start()
     except RuntimeError as error:
@@ -2225,7 +2226,7 @@ def plan_undo(
         why = ""
         if latest is not None and not latest.is_marker:
             totals.missing += 1
-            totals.doubtful += marker is None  # S3 may be about to delete it
+            totals.unanswered += marker is None
             continue
         if latest is None or below is None or below.is_marker:
             why = "no version lies right below a delete marker"
@@ -2710,7 +2711,7 @@ def undo(run: Setting, source: Path, run_id: str | None) -> None:
             if not has_end and count < planned:
                 text = "the run was killed: it planned %d objects, and tried %d"
                 log.warning(text, planned, count)
-            if not has_end or totals.doubtful:
+            if not has_end or totals.unanswered:
                 warn_of_late(report, last)
             show_plan(found, run, totals, None)
         if not report.is_dry:
